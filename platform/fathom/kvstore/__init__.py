@@ -1,0 +1,1 @@
+"""Content-addressed KV blocks, shared by everything that runs the same model."""
