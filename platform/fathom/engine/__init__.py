@@ -1,0 +1,1 @@
+"""How tokens get made: schedule, draft, flush, accept. Plain Python, no Ray, no HTTP."""

@@ -1,0 +1,120 @@
+"""Measured costs of the stages, and the rule that follows from them: when to flush."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+PROBE_ROWS = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class CostCurve:
+    """Seconds of a pass by its number of rows, measured at a few row counts.
+
+    Attributes:
+        points: rows -> seconds, in ascending order of rows, at least one.
+    """
+
+    points: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def measure(
+        cls, run: Callable[[int], object], rows: tuple[int, ...] = PROBE_ROWS, repeats: int = 3
+    ) -> CostCurve:
+        """Time ``run(rows)``: the median of ``repeats`` after one warm-up, never falling.
+
+        Row counts that the pool or the batch limit rules out are the caller's to leave out.
+        """
+        points: list[tuple[int, float]] = []
+        for count in rows:
+            run(count)
+            times = []
+            for _ in range(repeats):
+                start = time.perf_counter()
+                run(count)
+                times.append(time.perf_counter() - start)
+            # More rows are never less work; noise in one point must not say so.
+            points.append((count, max([statistics.median(times)] + [s for _, s in points[-1:]])))
+        return cls(tuple(points))
+
+    def __call__(self, rows: float) -> float:
+        """Seconds of a pass over ``rows`` rows; linear between and beyond the points."""
+        if rows <= 0:
+            return 0.0
+        xs = [x for x, _ in self.points]
+        right = min(bisect_left(xs, rows), len(xs) - 1)
+        if rows <= xs[0] or len(xs) == 1:
+            return self.points[0][1] if rows <= xs[0] else self.points[0][1] * rows / xs[0]
+        (x0, y0), (x1, y1) = self.points[right - 1], self.points[right]
+        return y0 + (y1 - y0) * (rows - x0) / (x1 - x0)
+
+    def as_dict(self) -> Mapping[int, float]:
+        """rows -> seconds, as measured."""
+        return dict(self.points)
+
+
+@dataclass(frozen=True, slots=True)
+class StageCosts:
+    """Measured seconds of one pass by rows.
+
+    Attributes:
+        shallow: layers [0, k) and the exit head.
+        shallow_full: layers [0, k) alone, as mode ``full`` runs them.
+        deep: layers [k, L) and the LM head.
+    """
+
+    shallow: CostCurve
+    shallow_full: CostCurve
+    deep: CostCurve
+
+
+class FlushRule:
+    """Flush now, or let the sequences that can still draft do so first?
+
+    Between two flushes the sequences that have not stopped yet draft, fewer at every step, while
+    the fixed part of the next deep pass is spread over more tokens. The marginal value theorem
+    (Charnov, 1976) gives the time to stop: draft on while the next step alone makes tokens at a
+    higher rate than the round so far would if it were flushed now. With N tokens made in T
+    seconds of shallow steps since the last flush, and ``a`` sequences still drafting:
+
+        draft on  iff  a / (t_s(a) + t_d(N + a) - t_d(N))  >  N / (T + t_d(N))
+
+    Sequences cannot starve: each drafts at most ``max_stack`` tokens before it waits as well, and
+    a flush is due when none drafts.
+    """
+
+    def __init__(self, costs: StageCosts) -> None:
+        self._costs = costs
+        self._tokens = 0
+        self._seconds = 0.0
+
+    def drafted(self, rows: int) -> None:
+        """Note a shallow step in which ``rows`` sequences decided a token."""
+        if rows:
+            self._tokens += rows
+            self._seconds += self._costs.shallow(rows)
+
+    def flushed(self) -> None:
+        """Note a flush: a new round begins."""
+        self._tokens = 0
+        self._seconds = 0.0
+
+    def flush_now(self, waiting: int, drafting: int) -> bool:
+        """Decide.
+
+        Args:
+            waiting: sequences that cannot go on without the deep stage.
+            drafting: sequences whose next shallow row decides a token.
+        """
+        if waiting == 0:
+            return False
+        if drafting == 0:
+            return True
+        deep, tokens = self._costs.deep, self._tokens
+        now = tokens / (self._seconds + deep(max(tokens, 1)))
+        step = self._costs.shallow(drafting) + deep(tokens + drafting) - deep(max(tokens, 1))
+        return drafting / step <= now

@@ -1,0 +1,106 @@
+"""The deep stage behind its one seam: the engine cannot tell a local one from a remote one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from fathom.attention.backend import SequenceRows
+from fathom.attention.paged_cache import PagedKVCache
+from fathom.engine.stage import Stage
+
+
+@dataclass(frozen=True, slots=True)
+class FlushItem:
+    """One sequence's stack in a flush.
+
+    Attributes:
+        start: position of the first row. Everything that the deep KV cache holds from there on
+            was cut by the engine and is overwritten.
+        hidden: [rows, d] exit-layer hidden states.
+        num_outputs: logits are wanted for this many of the last rows.
+    """
+
+    seq_id: int
+    start: int
+    hidden: torch.Tensor
+    num_outputs: int
+
+    @property
+    def rows(self) -> SequenceRows:
+        """The item's rows in a ragged batch."""
+        return SequenceRows(self.seq_id, self.start, len(self.hidden))
+
+
+@dataclass(frozen=True, slots=True)
+class FlushResult:
+    """The deep stage's answer.
+
+    Attributes:
+        logits: [sum of num_outputs, vocabulary] float32, item after item.
+    """
+
+    logits: torch.Tensor
+
+
+class DeepStage(Protocol):
+    """Layers [k, L) and the LM head, with the deep KV of the sequences it has open.
+
+    ``flush`` may be answered later; everything else is bookkeeping and returns at once. The
+    engine has at most one flush of a sequence away, and neither cuts nor closes a sequence while
+    its flush is away.
+    """
+
+    @property
+    def cache(self) -> PagedKVCache:
+        """Block accounting: what is open, how long, what is free."""
+        ...
+
+    def flush(self, items: Sequence[FlushItem]) -> Future[FlushResult]:
+        """Run stacks of many sequences as one ragged batch.
+
+        Room for every row must have been made in ``cache`` before.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release what the stage holds; flushes that are away fail."""
+        ...
+
+
+class LocalDeepStage:
+    """The deep stage in this process: its answer is there when ``flush`` returns."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    @property
+    def cache(self) -> PagedKVCache:
+        """The stage's own cache."""
+        return self._stage.cache
+
+    def flush(self, items: Sequence[FlushItem]) -> Future[FlushResult]:
+        """See ``DeepStage.flush``."""
+        answer: Future[FlushResult] = Future()
+        answer.set_result(FlushResult(self._logits(items)))
+        return answer
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def _logits(self, items: Sequence[FlushItem]) -> torch.Tensor:
+        hidden = items[0].hidden if len(items) == 1 else torch.cat([i.hidden for i in items])
+        out = self._stage.run([item.rows for item in items], hidden)
+        wanted: list[int] = []
+        row = 0
+        for item in items:
+            row += len(item.hidden)
+            wanted += range(row - item.num_outputs, row)
+        if len(wanted) < len(out):
+            out = out[torch.tensor(wanted, dtype=torch.int64, device=out.device)]
+        return self._stage.decoder.logits(out)
+

@@ -1,0 +1,471 @@
+"""The engine: continuous batching over a shallow stage here and a deep stage behind its seam."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+
+from fathom.config import EngineConfig
+from fathom.engine import sampling
+from fathom.engine.accept import judge
+from fathom.engine.costs import FlushRule, StageCosts
+from fathom.engine.deep import DeepStage, FlushItem, FlushResult
+from fathom.engine.scheduler import Scheduler, ShallowWork
+from fathom.engine.sequence import Sequence
+from fathom.engine.shallow import ShallowStage
+from fathom.engine.text import DetokenizerFactory, TextStream
+from fathom.ledger import Ledger
+from fathom.types import (
+    AcceptMode,
+    FinishReason,
+    InvalidRequest,
+    Request,
+    RequestOutput,
+    Token,
+    Usage,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine runs.
+
+    Attributes:
+        model: as configured. exit_layer: k. num_layers: L. exit_vocab: tokens that the exit head
+            scores. num_blocks: KV blocks of each stage. block_size: tokens a block.
+    """
+
+    model: str
+    num_layers: int
+    exit_layer: int
+    exit_vocab: int
+    vocab_size: int
+    max_model_len: int
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+    weights_digest: str
+    num_blocks: int
+    block_size: int
+
+
+class Engine:
+    """Makes tokens for many requests at once. Not thread-safe: one thread owns it.
+
+    Build one with ``Engine.from_config``; the constructor takes the built parts.
+
+    Attributes:
+        info: what it runs. ledger: the account of compute since it started.
+        stage_costs: measured at the start. tokenizer: None where only token ids matter.
+    """
+
+    def __init__(
+        self,
+        *,
+        info: EngineInfo,
+        shallow: ShallowStage,
+        deep: DeepStage,
+        scheduler: Scheduler,
+        ledger: Ledger,
+        stage_costs: StageCosts,
+        tokenizer: object | None = None,
+        new_detokenizer: DetokenizerFactory | None = None,
+    ) -> None:
+        self.info = info
+        self.ledger = ledger
+        self.stage_costs = stage_costs
+        self.tokenizer = tokenizer
+        self._shallow = shallow
+        self._deep = deep
+        self._scheduler = scheduler
+        self._new_detokenizer = new_detokenizer
+        self._flush_rule = FlushRule(stage_costs)
+        self._away: deque[tuple[Future[FlushResult], list[tuple[Sequence, int, int]]]] = deque()
+        self._live: dict[str, list[Sequence]] = {}
+        self._next_seq_id = 0
+        self._outputs: list[RequestOutput] = []
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> Engine:
+        """Load a model and build an engine.
+
+        Raises:
+            ConfigError: for a setting that cannot be used.
+            ModelError: for a model that cannot be loaded.
+        """
+        from fathom.engine.build import build_engine
+
+        return build_engine(config)
+
+    # Requests
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request; its outputs come from ``step``.
+
+        Raises:
+            InvalidRequest: naming the field, its value and the remedy.
+        """
+        self._check(request)
+        params = request.sampling
+        room = self.info.max_model_len - len(request.prompt_token_ids)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        eos = () if params.ignore_eos else self.info.eos_token_ids
+        family: list[Sequence] = []
+        for index in range(request.n):
+            detokenizer = self._new_detokenizer() if self._new_detokenizer else None
+            family.append(
+                Sequence(
+                    seq_id=self._next_seq_id,
+                    request=request,
+                    index=index,
+                    seed=seed + index,
+                    max_tokens=min(params.max_tokens, room),
+                    tokens=list(request.prompt_token_ids),
+                    stop_ids=eos + params.stop_token_ids,
+                    text=TextStream(detokenizer, params.stop),
+                )
+            )
+            self._next_seq_id += 1
+        parent, *children = family
+        # Children fork from the parent's prompt blocks once these are complete.
+        parent.children = children
+        for child in children:
+            child.parent = parent
+        self._live[request.request_id] = family
+        self._scheduler.waiting.append(parent)
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request; its last outputs have ``finish_reason`` cancelled.
+
+        Returns:
+            whether there was such a request.
+        """
+        family = self._live.get(request_id)
+        if family is None:
+            return False
+        for seq in list(family):
+            self._end(seq, FinishReason.CANCELLED)
+        return True
+
+    def has_work(self) -> bool:
+        """Whether ``step`` has anything to do or to report."""
+        return bool(self._live or self._outputs)
+
+    def step(self) -> list[RequestOutput]:
+        """Schedule, draft, flush, accept: one shallow pass and at most one deep pass.
+
+        A request with non-finite logits ends with an error; the others go on.
+
+        Returns:
+            what is new: tokens, text, ends.
+        """
+        self._end_expired()
+        work = self._scheduler.schedule()
+        if work:
+            self._draft(work)
+        self._collect(block=False)
+        flushed = self._flush()
+        # Nothing to draft and nothing to flush: only an answer can move things on.
+        self._collect(block=not work and not flushed)
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def stats(self) -> dict[str, float]:
+        """Figures of this moment and totals since the start; names as in the metrics."""
+        total = self.ledger.total
+        caches = (self._scheduler.shallow_cache, self._deep.cache)
+        usage = max(1 - c.num_available_blocks / c.num_usable_blocks for c in caches)
+        return {
+            "num_requests_running": len(self._scheduler.running),
+            "num_requests_waiting": len(self._scheduler.waiting) + self._num_unforked(),
+            "kv_cache_usage_perc": usage,
+            "prefix_cache_queries": self._scheduler.prefix_queries,
+            "prefix_cache_hits": self._scheduler.prefix_hits,
+            "num_preemptions": total.preemptions,
+            "exit_rate": total.exit_rate,
+            "acceptance_rate": total.acceptance_rate or 0.0,
+            "layers_per_token": total.layers_per_token,
+            "mean_depth": total.mean_depth,
+            "flushes": total.flushes,
+            "flush_rows": total.flush_rows / max(total.flushes, 1),
+            "generation_tokens": total.decided,
+            "flops": total.flops,
+        }
+
+    def check_integrity(self) -> None:
+        """Check that blocks and sequences add up; cheap enough for tests and idle moments.
+
+        Raises:
+            AssertionError: naming what does not.
+        """
+        running = {seq.seq_id for seq in self._scheduler.running}
+        self._scheduler.shallow_cache.check_integrity(running)
+        self._deep.cache.check_integrity(running)
+
+    def close(self) -> None:
+        """Release the deep stage."""
+        self._deep.close()
+
+    def _check(self, request: Request) -> None:
+        request.sampling.validate()
+        request.compute.validate()
+        info, prompt = self.info, request.prompt_token_ids
+        if request.request_id in self._live:
+            raise InvalidRequest(
+                f"request_id {request.request_id!r} is in use by a live request.",
+                param="request_id",
+            )
+        if request.n < 1 or request.n > 128:
+            raise InvalidRequest(f"n must be from 1 to 128, got {request.n}.", param="n")
+        if not prompt:
+            raise InvalidRequest("the prompt must hold at least one token.", param="prompt")
+        known = range(info.vocab_size)
+        for name, ids in (
+            ("prompt", prompt),
+            ("stop_token_ids", request.sampling.stop_token_ids),
+            ("logit_bias", tuple(request.sampling.logit_bias)),
+        ):
+            bad = next((i for i in ids if i not in known), None)
+            if bad is not None:
+                raise InvalidRequest(
+                    f"{name}: token id {bad} is not in the vocabulary of {info.vocab_size}.",
+                    param=name,
+                )
+        if len(prompt) >= info.max_model_len:
+            raise InvalidRequest(
+                f"the prompt has {len(prompt)} tokens; the longest that leaves room for an answer "
+                f"has {info.max_model_len - 1}.",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        if request.sampling.stop and self._new_detokenizer is None:
+            raise InvalidRequest("stop strings need a tokenizer.", param="stop")
+        if request.compute.max_stack >= self._scheduler.max_rows:
+            raise InvalidRequest(
+                f"max_stack must be below max_num_batched_tokens ({self._scheduler.max_rows}), "
+                f"got {request.compute.max_stack}.",
+                param="max_stack",
+            )
+
+    # Draft
+
+    def _draft(self, work: list[ShallowWork]) -> None:
+        decided = self._shallow.run(work)
+        self._flush_rule.drafted(len(decided))
+        for seq, logits in decided:
+            decision = seq.pending[-1]
+            if decision.token is None:
+                continue
+            if seq.request.compute.mode is AcceptMode.FREE:
+                assert logits is not None
+                self._confirm(seq, decision.token, self.info.exit_layer, logits)
+            # The end of the text, as drafted, goes to the deep stage at once.
+            if seq.finish_reason or self._may_end(seq, decision.token):
+                seq.waiting = True
+            self._report(seq)
+
+    def _may_end(self, seq: Sequence, token: int) -> bool:
+        length = len(seq.tokens) - seq.num_prompt
+        return length >= seq.max_tokens or token in seq.stop_ids
+
+    # Flush
+
+    def _flush(self) -> bool:
+        running = self._scheduler.running
+        waiting = sum(seq.is_flushable for seq in running)
+        drafting = sum(seq.is_drafting for seq in running)
+        if not self._flush_rule.flush_now(waiting, drafting):
+            return False
+        chosen = self._scheduler.select_flush()
+        if not chosen:
+            return False
+        self._flush_rule.flushed()
+        items: list[FlushItem] = []
+        away: list[tuple[Sequence, int, int]] = []
+        for seq, rows in chosen:
+            stack = seq.stack[0] if len(seq.stack) == 1 else torch.cat(seq.stack)
+            whole = rows == len(stack)
+            outputs = len(seq.pending) if whole else 0
+            seq.stack = [] if whole else [stack[rows:]]
+            items.append(FlushItem(seq.seq_id, seq.deep_len, stack[:rows], outputs))
+            away.append((seq, rows, outputs))
+            seq.in_flight = True
+            self.ledger.enter_rows(
+                seq.compute,
+                start=seq.deep_len,
+                rows=rows,
+                first_decision=seq.num_prompt - 1,
+                deep=True,
+            )
+            self.ledger.enter_lm_head(seq.compute, outputs)
+        self.ledger.enter_flush([seq.compute for seq, _, _ in away])
+        self._away.append((self._deep.flush(items), away))
+        return True
+
+    def _collect(self, *, block: bool) -> None:
+        """Take in the answers that are there, in order; wait for the first if ``block``."""
+        while self._away and (block or self._away[0][0].done()):
+            answer, away = self._away.popleft()
+            block = False
+            try:
+                logits = answer.result().logits
+            except Exception as error:  # a deep stage that failed ends its requests, not the engine
+                for seq, _, _ in away:
+                    seq.in_flight = False
+                    self._end(seq, FinishReason.ERROR, f"the deep stage failed: {error}")
+                continue
+            row = 0
+            for seq, rows, outputs in away:
+                seq.in_flight = False
+                seq.deep_len += rows
+                if seq.finish_reason in (FinishReason.CANCELLED, FinishReason.DEADLINE):
+                    self._retire(seq)
+                elif outputs:
+                    self._accept(seq, logits[row : row + outputs])
+                row += outputs
+
+    # Accept
+
+    def _accept(self, seq: Sequence, logits: torch.Tensor) -> None:
+        """Apply the accept mode to the pending decisions of one sequence.
+
+        Args:
+            logits: [pending decisions, vocabulary] float32.
+        """
+        if not bool(torch.isfinite(logits).all()):
+            self._end(seq, FinishReason.ERROR, "the model's logits are not finite")
+            return
+        compute, params = seq.request.compute, seq.request.sampling
+        pending, seq.pending = seq.pending, []
+        seq.waiting = False
+        for decision, row in zip(pending, logits, strict=True):
+            adjusted = sampling.adjust(
+                row,
+                params,
+                seq.request.prompt_token_ids,
+                seq.tokens[seq.num_prompt : decision.position + 1],
+                seq.stop_ids,
+            )
+            verdict = judge(
+                decision, adjusted, compute=compute, params=params, seed=seq.seed, epoch=seq.epoch
+            )
+            drafted = decision.token is not None
+            if drafted:
+                self.ledger.enter_verdict(seq.compute, accepted=verdict.agreed)
+            if drafted and not verdict.kept:
+                self._cut(seq, decision.position + 1)
+            if not verdict.kept:
+                seq.tokens.append(verdict.token)
+            if compute.holds_drafts or not drafted:
+                depth = self.info.exit_layer if verdict.kept else self.info.num_layers
+                self._confirm(seq, verdict.token, depth, row)
+            if (drafted and not verdict.kept) or (compute.holds_drafts and seq.finish_reason):
+                break
+        self._scheduler.publish(seq)
+        self._fork_children(seq)
+        if seq.finish_reason:
+            self._retire(seq)
+        else:
+            self._report(seq)
+
+    def _cut(self, seq: Sequence, length: int) -> None:
+        """Cut a sequence to its first ``length`` tokens, in both stages."""
+        del seq.tokens[length:]
+        seq.shallow_len = min(seq.shallow_len, length)
+        seq.deep_len = min(seq.deep_len, length)
+        self._scheduler.shallow_cache.truncate(seq.seq_id, seq.shallow_len)
+        self._deep.cache.truncate(seq.seq_id, seq.deep_len)
+        seq.decided = length
+        seq.epoch += 1
+
+    def _confirm(self, seq: Sequence, token: int, depth: int, logits: torch.Tensor) -> None:
+        """Make one token final, and see whether the completion ends with it."""
+        params = seq.request.sampling
+        logprob = top = None
+        if params.logprobs is not None:
+            logprob, top = sampling.logprobs_of(logits, token, params.logprobs)
+        seq.confirmed += 1
+        seq.new_tokens.append(Token(token, depth, logprob, top))
+        self.ledger.enter_token(seq.compute, depth)
+        if token in seq.stop_ids:
+            seq.finish_reason = FinishReason.STOP
+            seq.stop_reason = token if token in params.stop_token_ids else None
+            return
+        stop = seq.text.push(token)
+        if stop is not None and seq.num_confirmed_output >= params.min_tokens:
+            seq.finish_reason, seq.stop_reason = FinishReason.STOP, stop
+        elif seq.num_confirmed_output >= seq.max_tokens:
+            seq.finish_reason = FinishReason.LENGTH
+
+    def _fork_children(self, seq: Sequence) -> None:
+        """Start the other completions of a request on the prompt blocks of the first."""
+        children, seq.children = seq.children, []
+        length = seq.num_prompt - 1  # each draws its own first token from the last prompt row
+        for child in children:
+            if not self._scheduler.start_running(child):
+                self._scheduler.waiting.appendleft(child)
+                continue
+            self._scheduler.shallow_cache.fork(seq.seq_id, child.seq_id, length)
+            self._deep.cache.fork(seq.seq_id, child.seq_id, length)
+            child.shallow_len = child.deep_len = child.cached_tokens = length
+
+    # Ends
+
+    def _end_expired(self) -> None:
+        now = time.monotonic()
+        for family in list(self._live.values()):
+            for seq in list(family):
+                if seq.finish_reason is None and seq.expired(now):
+                    timeout = seq.request.timeout_s
+                    self._end(seq, FinishReason.DEADLINE, f"not done within {timeout} s")
+
+    def _end(self, seq: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        """End a completion before its time."""
+        seq.finish_reason, seq.error = reason, error
+        if not seq.in_flight:  # else when its flush is back
+            self._retire(seq)
+
+    def _retire(self, seq: Sequence) -> None:
+        """Give back what a completion held and report its end."""
+        self._scheduler.waiting.extend(seq.children)  # on their own now
+        seq.children = []
+        if seq.parent is not None and seq in seq.parent.children:
+            seq.parent.children.remove(seq)
+        # What was cut short was never checked for non-finite values.
+        checked = seq.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+        self._scheduler.remove(seq, scrub=not checked)
+        family = self._live[seq.request.request_id]
+        family.remove(seq)
+        if not family:
+            del self._live[seq.request.request_id]
+        seq.text.end()
+        self._report(seq)
+
+    def _report(self, seq: Sequence) -> None:
+        text = seq.text.take()
+        done = seq.finish_reason is not None and seq not in self._live.get(
+            seq.request.request_id, ()
+        )
+        if not (seq.new_tokens or text or done):
+            return
+        output = RequestOutput(seq.request.request_id, seq.index, seq.new_tokens, text)
+        seq.new_tokens = []
+        if done:
+            output.finish_reason = seq.finish_reason
+            output.stop_reason = seq.stop_reason
+            output.error = seq.error
+            output.usage = Usage(
+                prompt_tokens=seq.num_prompt,
+                completion_tokens=seq.num_confirmed_output,
+                cached_tokens=seq.cached_tokens,
+                compute=seq.compute,
+            )
+        self._outputs.append(output)
+
+    def _num_unforked(self) -> int:
+        return sum(len(seq.children) for family in self._live.values() for seq in family)
+

@@ -1,0 +1,131 @@
+"""One completion on its way: its tokens, how far each stage has come, and what is undecided."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from fathom.engine.text import TextStream
+from fathom.kvstore.keys import BlockKey
+from fathom.types import ComputeUsage, FinishReason, Request, Token
+
+
+@dataclass(slots=True)
+class Decision:
+    """What the shallow stage decided at one row, until a flush has looked at it.
+
+    Attributes:
+        position: position of the row that decides; the token goes to ``position + 1``.
+        token: the draft, or None where the deep stage decides.
+        confidence: of the draft.
+        draft_probs: [vocabulary] float64 that the draft was drawn from, where the accept rule
+            needs it (``exact`` at temperature > 0).
+    """
+
+    position: int
+    token: int | None
+    confidence: float
+    draft_probs: torch.Tensor | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """State of one completion.
+
+    Positions [0, shallow_len) have shallow KV, [0, deep_len) have deep KV, and the exit-layer
+    hidden states of [deep_len, shallow_len) are the *stack*. Rows before ``decided`` have chosen
+    their token. Tokens before ``confirmed`` are final.
+
+    Attributes:
+        seq_id: the key in both KV caches.
+        index: which of the request's completions. seed: of its draws.
+        tokens: prompt and output, drafts included. stop_ids: tokens that end it.
+        stack: chunks [rows, d] of exit-layer hidden states, in position order.
+        pending: decisions that no flush has looked at; positions are >= deep_len.
+        waiting: it needs the deep stage before it can go on.
+        in_flight: its stack is away in a flush.
+        epoch: number of cuts so far (see ``random.uniform``).
+        finish_reason: set once no more tokens come; a final flush may still be due.
+        published_blocks: leading blocks that the prefix cache knows in both stages.
+        children: sequences of the same request that will share this one's prompt blocks.
+    """
+
+    seq_id: int
+    request: Request
+    index: int
+    seed: int
+    max_tokens: int
+    tokens: list[int]
+    stop_ids: tuple[int, ...]
+    text: TextStream
+    parent: Sequence | None = None
+    children: list[Sequence] = field(default_factory=list)
+    shallow_keys: list[BlockKey] = field(default_factory=list)
+    deep_keys: list[BlockKey] = field(default_factory=list)
+    shallow_len: int = 0
+    deep_len: int = 0
+    stack: list[torch.Tensor] = field(default_factory=list)
+    pending: list[Decision] = field(default_factory=list)
+    decided: int = 0
+    waiting: bool = False
+    in_flight: bool = False
+    epoch: int = 0
+    confirmed: int = 0
+    published_blocks: int = 0
+    cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
+    new_tokens: list[Token] = field(default_factory=list)
+    compute: ComputeUsage = field(default_factory=ComputeUsage)
+    added_at: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.decided = self.num_prompt - 1
+        self.confirmed = self.num_prompt
+        self.compute.mode = self.request.compute.mode.value
+
+    @property
+    def num_prompt(self) -> int:
+        """Prompt tokens."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_confirmed_output(self) -> int:
+        """Final output tokens."""
+        return self.confirmed - self.num_prompt
+
+    @property
+    def rows_due(self) -> int:
+        """Rows that the shallow stage has to run before the sequence waits or decides."""
+        # A waiting sequence may hold a token (a drafted EOS) whose row is never run; after a
+        # preemption it has rows to run again.
+        target = self.decided if self.waiting else len(self.tokens)
+        return max(0, target - self.shallow_len)
+
+    @property
+    def is_drafting(self) -> bool:
+        """Whether its next shallow row decides a token."""
+        return not self.waiting and not self.in_flight and self.rows_due == 1
+
+    @property
+    def is_flushable(self) -> bool:
+        """Whether its stack can go to the deep stage now."""
+        return self.waiting and not self.in_flight and self.rows_due == 0
+
+    @property
+    def num_drafts(self) -> int:
+        """Drafted tokens that no flush has looked at."""
+        return sum(decision.token is not None for decision in self.pending)
+
+    def expired(self, now: float) -> bool:
+        """Whether its deadline has passed at ``now`` (time.monotonic seconds)."""
+        timeout = self.request.timeout_s
+        return timeout is not None and now - self.added_at > timeout
+
+    def forget_kv(self) -> None:
+        """Back to no KV at all; tokens and decisions stay, so nothing is decided twice."""
+        self.shallow_len = self.deep_len = self.published_blocks = 0
+        self.stack.clear()

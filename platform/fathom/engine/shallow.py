@@ -1,0 +1,136 @@
+"""The shallow stage: layers [0, k) and the exit head. It drafts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+
+import torch
+
+from fathom.attention.backend import SequenceRows
+from fathom.engine import sampling
+from fathom.engine.random import Draw, uniform
+from fathom.engine.scheduler import ShallowWork
+from fathom.engine.sequence import Decision, Sequence
+from fathom.engine.stage import Stage
+from fathom.exits.confidence import softmax_gap
+from fathom.exits.policy import exits
+from fathom.ledger import Ledger
+from fathom.models.heads import ExitHead
+from fathom.types import AcceptMode
+
+
+class ShallowStage:
+    """Runs rows up to the exit layer, and decides for each sequence whether its token leaves."""
+
+    def __init__(self, stage: Stage, head: ExitHead, ledger: Ledger) -> None:
+        self._stage = stage
+        self._head = head
+        self._ledger = ledger
+
+    def run(self, work: Rows[ShallowWork]) -> list[tuple[Sequence, torch.Tensor | None]]:
+        """Run one pass, push the exit states on the sequences' stacks, and decide.
+
+        Returns:
+            the sequences that decided a token (their last pending decision), each with the exit
+            head's logits of its row if it drafted: [vocabulary] where logprobs are asked for.
+        """
+        decoder = self._stage.decoder
+        ids: list[int] = []
+        rows: list[SequenceRows] = []
+        for item in work:
+            seq, start = item.seq, item.seq.shallow_len
+            ids += seq.tokens[start : start + item.num_rows]
+            rows.append(SequenceRows(seq.seq_id, start, item.num_rows))
+            self._ledger.enter_rows(
+                seq.compute,
+                start=start,
+                rows=item.num_rows,
+                first_decision=seq.num_prompt - 1,
+                deep=False,
+            )
+        hidden = decoder.embed(torch.tensor(ids, dtype=torch.int64, device=decoder.device))
+        hidden = self._stage.run(rows, hidden)
+
+        deciding = [item.decides for item in work]
+        last_rows: list[int] = []
+        row = 0
+        for item in work:
+            item.seq.stack.append(hidden[row : row + item.num_rows])
+            item.seq.shallow_len += item.num_rows
+            row += item.num_rows
+            last_rows.append(row - 1)
+        return self._decide(
+            [(w.seq, r) for w, r, d in zip(work, last_rows, deciding, strict=True) if d], hidden
+        )
+
+    def _decide(
+        self, deciding: Rows[tuple[Sequence, int]], hidden: torch.Tensor
+    ) -> list[tuple[Sequence, torch.Tensor | None]]:
+        decided: list[tuple[Sequence, torch.Tensor | None]] = []
+        drafting: list[tuple[Sequence, int]] = []
+        for seq, row in deciding:
+            if self._may_draft(seq):
+                drafting.append((seq, row))
+            else:
+                self._leave_to_deep_stage(seq, float("nan"))
+                decided.append((seq, None))
+        if not drafting:
+            return decided
+        index = torch.tensor([row for _, row in drafting], device=hidden.device)
+        logits = self._head.logits(hidden[index])
+        gaps, columns = softmax_gap(logits)
+        for (seq, _), confidence, column, row_logits in zip(
+            drafting, gaps.tolist(), columns.tolist(), logits, strict=True
+        ):
+            self._ledger.enter_exit_head(seq.compute, 1)
+            self._draft(seq, confidence, column, row_logits)
+            reported = seq.request.sampling.logprobs is not None
+            decided.append((seq, self._head.spread(row_logits) if reported else row_logits))
+        return decided
+
+    def _may_draft(self, seq: Sequence) -> bool:
+        compute = seq.request.compute
+        if not compute.drafts or seq.num_drafts >= compute.max_stack:
+            return False
+        # Held drafts cannot be shown before a flush: let the first token come as early as full
+        # depth can make it, with the prompt's own flush.
+        return not (compute.holds_drafts and seq.decided < seq.num_prompt)
+
+    def _leave_to_deep_stage(self, seq: Sequence, confidence: float) -> None:
+        seq.pending.append(Decision(seq.shallow_len - 1, None, confidence))
+        seq.decided = seq.shallow_len
+        seq.waiting = True
+
+    def _draft(
+        self, seq: Sequence, confidence: float, column: int, logits: torch.Tensor
+    ) -> None:
+        """Choose a draft; keep it if the exit policy lets it go."""
+        position = seq.shallow_len - 1
+        chance = uniform(seq.seed, position, seq.epoch, Draw.FORCED_EXIT)
+        if not exits(seq.request.compute, confidence, chance):
+            return self._leave_to_deep_stage(seq, confidence)
+        params = seq.request.sampling
+        probs = None
+        if params.temperature == 0 and sampling.is_plain(params):
+            token = self._head.token_of(column)
+        else:
+            adjusted = sampling.adjust(
+                self._head.spread(logits),
+                params,
+                seq.request.prompt_token_ids,
+                seq.tokens[seq.num_prompt :],
+                seq.stop_ids,
+            )
+            if bool(torch.isneginf(adjusted).all()):  # every scored token is ruled out
+                return self._leave_to_deep_stage(seq, confidence)
+            if params.temperature == 0:
+                token = int(adjusted.argmax())
+            else:
+                probs = sampling.distribution(adjusted, params)
+                token = sampling.draw(probs, uniform(seq.seed, position, seq.epoch, Draw.DRAFT))
+        keep = probs if seq.request.compute.mode is AcceptMode.EXACT else None
+        seq.pending.append(Decision(position, token, confidence, keep))
+        seq.tokens.append(token)
+        seq.decided = seq.shallow_len
+        self._ledger.enter_draft(seq.compute)
+        return None

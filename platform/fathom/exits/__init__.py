@@ -1,0 +1,1 @@
+"""When a token may stop: confidence measures and exit policies."""
