@@ -63,14 +63,14 @@ class BlockAllocator:
         self._references[block] += 1
 
     def release(self, block: int) -> bool:
-        """Drop one owner; returns whether the block has none left."""
+        """Drop one owner; returns whether the block is free now: no owner left, and no key."""
         self._references[block] -= 1
         if self._references[block] > 0:
             return False
         if block in self._key_of:
             self._cached[block] = None
-        else:
-            self._free.append(block)
+            return False
+        self._free.append(block)
         return True
 
     def is_writable(self, block: int) -> bool:

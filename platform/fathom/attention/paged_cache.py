@@ -186,8 +186,8 @@ class PagedKVCache:
         """Close a sequence and give its blocks back.
 
         Args:
-            scrub: zero the blocks that nobody else holds: non-finite values would otherwise leak
-                through masked positions (0 * NaN is NaN).
+            scrub: zero the blocks that become free: non-finite values would otherwise leak
+                through masked positions (0 * NaN is NaN). Published blocks are final and stay.
         """
         # Last block first: leading blocks, which more prefixes share, are evicted later.
         for block in reversed(self._tables.pop(seq_id).blocks):

@@ -35,6 +35,9 @@ _PROBE_CONTEXT = 64
 
 _PROBE_SEQUENCES = 8
 
+_MIN_BLOCKS = 4
+"""The null block, one for a copy on write, and two to work with."""
+
 
 def build_engine(
     config: EngineConfig,
@@ -86,9 +89,9 @@ def assemble(
         ConfigError: if the KV pools would be too small.
     """
     model = decoder.config
-    split = {"first": (0, exit_layer), "last": (exit_layer, model.num_layers)}
-    stages, num_blocks = _stages(config, decoder, list(split.values()))
-    shallow, deep = stages
+    split = ((0, exit_layer), (exit_layer, model.num_layers))
+    num_blocks = _num_blocks(config, decoder)
+    shallow, deep = (_stage(decoder, layers, num_blocks, config.block_size) for layers in split)
     max_model_len = _max_model_len(config, model.max_position, num_blocks)
     ledger = Ledger(
         ModelCosts(
@@ -101,13 +104,15 @@ def assemble(
             lm_head_params=decoder.head_params,
         )
     )
-    costs = measure_stage_costs(shallow, deep, head, min(config.max_num_batched_tokens, 64))
+    costs = measure_stage_costs(
+        decoder, head, exit_layer, config.block_size, config.max_num_batched_tokens
+    )
     deep_stage = wrap_deep(LocalDeepStage(deep))
 
     def roots(salt: str) -> tuple[KeyRoot, KeyRoot]:
         shallow_root, deep_root = (
             KeyRoot(weights_digest, "", first, last, config.dtype, salt)
-            for first, last in split.values()
+            for first, last in split
         )
         return shallow_root, deep_root
 
@@ -146,40 +151,48 @@ def assemble(
 
 
 def measure_stage_costs(
-    shallow: Stage, deep: Stage, head: ExitHead, max_rows: int
+    decoder: Decoder, head: ExitHead, exit_layer: int, block_size: int, max_rows: int
 ) -> StageCosts:
     """Time both stages at a few row counts, spread over up to 8 sequences with a short context."""
-    decoder = shallow.decoder
     counts = tuple(rows for rows in PROBE_ROWS if rows <= max_rows)
     hidden = decoder.embed(torch.arange(counts[-1]) % decoder.config.vocab_size)
+    longest = _PROBE_CONTEXT + counts[-1]
+    # A pool of its own: the serving pool may be smaller, and stays untouched.
+    num_blocks = 1 + _PROBE_SEQUENCES * -(-longest // block_size)
+    split = ((0, exit_layer), (exit_layer, decoder.config.num_layers))
+    shallow, deep = (_stage(decoder, layers, num_blocks, block_size) for layers in split)
 
     def run(stage: Stage, rows: int) -> torch.Tensor:
         sequences = min(rows, _PROBE_SEQUENCES)
         per_sequence = rows // sequences
         batch = []
-        for seq_id in range(-1, -1 - sequences, -1):
-            stage.cache.truncate(seq_id, _PROBE_CONTEXT)
+        for seq_id in range(sequences):
+            if seq_id not in stage.cache:
+                stage.cache.open(seq_id)
             stage.cache.grow(seq_id, _PROBE_CONTEXT + per_sequence)
             batch.append(SequenceRows(seq_id, _PROBE_CONTEXT, per_sequence))
         return stage.run(batch, hidden[:rows])
 
-    # Requests count from 0, so negative ids are free; the context's blocks are shared.
-    probes = range(-1, -1 - _PROBE_SEQUENCES, -1)
-    for stage in (shallow, deep):
-        stage.cache.open(probes[0])
-        stage.cache.grow(probes[0], _PROBE_CONTEXT)
-        for seq_id in probes[1:]:
-            stage.cache.fork(probes[0], seq_id, _PROBE_CONTEXT)
-    try:
-        return StageCosts(
-            shallow=CostCurve.measure(lambda rows: head.logits(run(shallow, rows)), counts),
-            shallow_full=CostCurve.measure(lambda rows: run(shallow, rows), counts),
-            deep=CostCurve.measure(lambda rows: decoder.logits(run(deep, rows)), counts),
-        )
-    finally:
-        for stage in (shallow, deep):
-            for seq_id in probes:
-                stage.cache.free(seq_id)
+    return StageCosts(
+        shallow=CostCurve.measure(lambda rows: head.logits(run(shallow, rows)), counts),
+        shallow_full=CostCurve.measure(lambda rows: run(shallow, rows), counts),
+        deep=CostCurve.measure(lambda rows: decoder.logits(run(deep, rows)), counts),
+    )
+
+
+def _stage(decoder: Decoder, layers: tuple[int, int], num_blocks: int, block_size: int) -> Stage:
+    """A stage with a pool of its own."""
+    first, last = layers
+    cache = PagedKVCache(
+        num_layers=last - first,
+        num_kv_heads=decoder.config.num_kv_heads,
+        head_dim=decoder.config.head_dim,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        dtype=decoder.dtype,
+        device=decoder.device,
+    )
+    return Stage(decoder, first, last, cache, SdpaBackend())
 
 
 def _trained_head(config: EngineConfig, digest: str) -> TrainedHead | None:
@@ -206,36 +219,18 @@ def _exit_layer(config: EngineConfig, decoder: Decoder, trained: TrainedHead | N
     return layer
 
 
-def _stages(
-    config: EngineConfig, decoder: Decoder, ranges: list[tuple[int, int]]
-) -> tuple[list[Stage], int]:
-    """Both stages, with pools of as many blocks as the memory holds."""
+def _num_blocks(config: EngineConfig, decoder: Decoder) -> int:
+    """Blocks of each stage's pool, as many as the memory holds."""
     model = decoder.config
     shape = (model.num_kv_heads, model.head_dim, config.block_size, decoder.dtype)
     block_bytes = PagedKVCache.block_bytes(model.num_layers, *shape)
     num_blocks = config.kv_cache_bytes // block_bytes
-    probe_rows = -(-PROBE_ROWS[-1] // _PROBE_SEQUENCES)
-    blocks_of = -(-(_PROBE_CONTEXT + probe_rows) // config.block_size)
-    needed = 1 + _PROBE_SEQUENCES * blocks_of  # shared where block_size divides the context
-    if num_blocks < needed:
+    if num_blocks < _MIN_BLOCKS:
         raise ConfigError(
-            f"kv_cache_bytes must be at least {needed * block_bytes} ({needed} blocks of "
-            f"{block_bytes} bytes), got {config.kv_cache_bytes}."
+            f"kv_cache_bytes must be at least {_MIN_BLOCKS * block_bytes} ({_MIN_BLOCKS} blocks "
+            f"of {block_bytes} bytes), got {config.kv_cache_bytes}."
         )
-    backend = SdpaBackend()
-    stages = []
-    for first, last in ranges:
-        cache = PagedKVCache(
-            num_layers=last - first,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            num_blocks=num_blocks,
-            block_size=config.block_size,
-            dtype=decoder.dtype,
-            device=decoder.device,
-        )
-        stages.append(Stage(decoder, first, last, cache, backend))
-    return stages, num_blocks
+    return num_blocks
 
 
 def _max_model_len(config: EngineConfig, max_position: int, num_blocks: int) -> int:

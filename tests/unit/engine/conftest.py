@@ -1,0 +1,146 @@
+"""Engines over a small random model, where both stages are real and fast."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from fathom.config import EngineConfig
+from fathom.engine.build import assemble
+from fathom.engine.engine import Engine
+from fathom.models.decoder import Decoder
+from fathom.models.heads import build_exit_head
+from fathom.models.load import load_decoder
+from fathom.types import ComputePolicy, Request, RequestOutput, SamplingParams
+
+EXIT_LAYER = 2
+NUM_LAYERS = 4
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def save_random_model(directory: Path, vocab_size: int, scale: float = 0.25) -> Path:
+    """A random Llama whose exit layer and last layer agree often, but not always."""
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=scale,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_model(tmp_path_factory.mktemp("tiny"), vocab_size=40)
+
+
+@pytest.fixture(scope="session")
+def decoder(model_dir: Path) -> Decoder:
+    return load_decoder(model_dir, dtype=torch.float32)
+
+
+MakeEngine = Callable[..., Engine]
+
+
+@pytest.fixture(scope="session")
+def make_engine(decoder: Decoder, model_dir: Path) -> MakeEngine:
+    """Builds an engine; keywords are EngineConfig fields, num_blocks, or wrap_deep."""
+
+    def make(num_blocks: int = 256, wrap_deep=lambda deep: deep, **fields) -> Engine:
+        return make_engine_of(decoder, model_dir, num_blocks, wrap_deep, **fields)
+
+    return make
+
+
+def make_engine_of(
+    decoder: Decoder, directory: Path, num_blocks: int, wrap_deep=lambda d: d, **fields
+) -> Engine:
+    config = EngineConfig(
+        model=str(directory),
+        dtype="float32",
+        block_size=fields.pop("block_size", 8),
+        **fields,
+    )
+    block_bytes = NUM_LAYERS * 2 * 2 * 8 * config.block_size * 4
+    config = dataclasses.replace(config, kv_cache_bytes=num_blocks * block_bytes)
+    return assemble(
+        config,
+        decoder,
+        build_exit_head(decoder, directory, None, config.exit_vocab),
+        exit_layer=EXIT_LAYER,
+        weights_digest="tiny",
+        wrap_deep=wrap_deep,
+    )
+
+
+def request(
+    name: str,
+    prompt: Iterable[int],
+    compute: ComputePolicy | None = None,
+    n: int = 1,
+    timeout_s: float | None = None,
+    **sampling,
+) -> Request:
+    sampling.setdefault("max_tokens", 24)
+    sampling.setdefault("ignore_eos", True)
+    return Request(
+        request_id=name,
+        prompt_token_ids=tuple(prompt),
+        sampling=SamplingParams(**sampling),
+        compute=compute or ComputePolicy(),
+        n=n,
+        timeout_s=timeout_s,
+    )
+
+
+@dataclasses.dataclass
+class Completion:
+    """All that came of one completion."""
+
+    ids: list[int]
+    depths: list[int]
+    last: RequestOutput | None = None
+
+
+def run(engine: Engine, requests: Iterable[Request]) -> dict[tuple[str, int], Completion]:
+    """Add all requests at once and step to the end; blocks and sequences must add up."""
+    for item in requests:
+        engine.add_request(item)
+    return drain(engine)
+
+
+def drain(engine: Engine) -> dict[tuple[str, int], Completion]:
+    completions: dict[tuple[str, int], Completion] = {}
+    while engine.has_work():
+        for output in engine.step():
+            done = completions.setdefault((output.request_id, output.index), Completion([], []))
+            assert done.last is None or done.last.finish_reason is None
+            done.ids += [token.id for token in output.tokens]
+            done.depths += [token.depth for token in output.tokens]
+            done.last = output
+    engine.check_integrity()
+    assert engine.stats()["kv_cache_usage_perc"] == 0
+    return completions
+
+
+def run_one(engine: Engine, item: Request) -> Completion:
+    return run(engine, [item])[item.request_id, 0]
