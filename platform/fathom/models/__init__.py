@@ -1,0 +1,1 @@
+"""What runs: decoders over ragged rows, their weights, rotary embeddings and tokenizers."""

@@ -1,0 +1,60 @@
+"""Where models are kept on this machine, and how a directory gets there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+from fathom.models.errors import ModelError
+
+
+def cache_root() -> Path:
+    """``$FATHOM_CACHE``, or ``~/.cache/fathom``."""
+    configured = os.environ.get("FATHOM_CACHE")
+    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "fathom"
+
+
+def model_directory(name: str) -> Path:
+    """The cache's directory for a model of this name; ``/`` becomes ``--`` as on the hub."""
+    return cache_root() / "models" / name.replace("/", "--")
+
+
+def build_directory(final: Path, build: Callable[[Path], None]) -> Path:
+    """Make a directory once, whole or not at all.
+
+    Processes that ask for the same directory at the same time wait for the first one. What an
+    interrupted one has left is cleared away by the next.
+
+    Args:
+        final: the directory to make; returned at once if it exists.
+        build: fills the empty directory that it is given.
+
+    Raises:
+        ModelError: if the cache cannot be written. Errors of ``build`` pass through.
+    """
+    if final.is_dir():
+        return final
+    partial = final.with_name(f"{final.name}.partial")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(final.with_name(f".{final.name}.lock")):
+            if final.is_dir():
+                return final
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            try:
+                build(partial)
+                partial.rename(final)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+    except OSError as error:
+        raise ModelError(
+            f"{final}: cannot write the model cache: {error}. Set FATHOM_CACHE to a directory "
+            "with free space that this user may write."
+        ) from error
+    return final

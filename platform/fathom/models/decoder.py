@@ -1,0 +1,193 @@
+"""A decoder-only transformer over ragged rows: layers [first, last), embedding and head.
+
+The decoder knows nothing of sequences or of paging. A batch is a flat list of rows, each a token
+of some sequence at some position; the caller's ``attend`` stores keys and values and looks back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fathom.models.config import ModelConfig
+from fathom.models.linear import Linear
+from fathom.models.rope import RotaryEmbedding, rotate_
+
+Attend = Callable[[int, Tensor, Tensor], Tensor]
+"""``attend(layer, q, kv) -> out``: causal attention of one layer over the batch's rows.
+
+``layer`` counts from the model's first layer. ``q`` is [rows, H, D]; ``kv`` is [rows, 2 * Hkv, D],
+keys in the first Hkv heads and values in the last, both with the rotation applied. It stores keys
+and values, and returns [rows, H * D] in q's dtype, attending with scale 1 / sqrt(D). ``q`` and
+``kv`` are strided views of one buffer that the decoder gives up: copy what must outlive the call.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The weights of one layer, fused.
+
+    Attributes:
+        input_norm, post_norm: [d]. qkv: d -> (H + 2 * Hkv) * D, in the order q, k, v.
+        qk_norm: [H + Hkv, D], one weight a head, or None. output: H * D -> d.
+        gate_up: d -> 2 * intermediate, gate first. down: intermediate -> d.
+    """
+
+    input_norm: Tensor
+    qkv: Linear
+    qk_norm: Tensor | None
+    output: Linear
+    post_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Decoder:
+    """Layers [first, last) of a model, with the embedding and the head where they are loaded.
+
+    Build one with ``fathom.models.load.load_decoder``. All methods run under inference mode.
+
+    Attributes:
+        config: the whole model's shape. first, last: the layers held.
+        dtype, device: of weights and activations.
+        embedding: [V, d] or None. norm: [d] or None. head: d -> V, or None.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        first: int,
+        layers: list[Layer],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        embedding: Tensor | None = None,
+        norm: Tensor | None = None,
+        head: Linear | None = None,
+    ) -> None:
+        self.config = config
+        self.first = first
+        self.last = first + len(layers)
+        self.layers = layers
+        self.dtype = dtype
+        self.device = device
+        self.embedding = embedding
+        self.norm = norm
+        self.head = head
+        self.rotary = RotaryEmbedding(
+            config.rope_inv_freq, config.rope_attention_scaling, dtype, device
+        )
+
+    @property
+    def layer_params(self) -> int:
+        """Weights that one row is multiplied with in one layer."""
+        return self.config.layer_params
+
+    @property
+    def head_params(self) -> int:
+        """Weights that one row is multiplied with in the LM head."""
+        return self.config.head_params
+
+    @torch.inference_mode()
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Look up token embeddings.
+
+        Args:
+            token_ids: int64 [rows].
+
+        Returns:
+            [rows, d] in the model's dtype.
+
+        Raises:
+            RuntimeError: if the decoder was loaded without the embedding.
+        """
+        if self.embedding is None:
+            raise RuntimeError("this decoder was loaded without the embedding")
+        return F.embedding(token_ids, self.embedding)
+
+    @torch.inference_mode()
+    def run(
+        self, hidden: Tensor, positions: Tensor, first: int, last: int, attend: Attend
+    ) -> Tensor:
+        """Run layers [first, last) over ragged rows.
+
+        Args:
+            hidden: [rows, d] in the model's dtype, the residual stream before layer ``first``;
+                not modified. rows >= 1.
+            positions: int64 [rows], each row's position in its own sequence, from 0.
+            attend: stores keys and values and attends; see ``Attend``.
+
+        Returns:
+            [rows, d], the residual stream after layer ``last - 1``, before the final norm.
+
+        Raises:
+            RuntimeError: if one of the layers is not held.
+        """
+        if not self.first <= first <= last <= self.last:
+            raise RuntimeError(
+                f"layers [{first}, {last}) asked of a decoder that holds "
+                f"[{self.first}, {self.last})"
+            )
+        cos, sin = self.rotary(positions)
+        for index in range(first, last):
+            hidden = self._layer(index, hidden, cos, sin, attend)
+        return hidden
+
+    def _layer(
+        self, index: int, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend
+    ) -> Tensor:
+        layer = self.layers[index - self.first]
+        heads, rotated = self.config.num_heads, self.config.num_heads + self.config.num_kv_heads
+
+        qkv = layer.qkv(self._rms_norm(hidden, layer.input_norm))
+        qkv = qkv.view(hidden.shape[0], -1, self.config.head_dim)
+        qk = qkv[:, :rotated]
+        if layer.qk_norm is not None:
+            qk.copy_(self._rms_norm(qk, layer.qk_norm))
+        rotate_(qk, cos, sin)
+        attended = attend(index, qkv[:, :heads], qkv[:, heads:])
+        hidden = layer.output(attended).add_(hidden)
+
+        gate, up = layer.gate_up(self._rms_norm(hidden, layer.post_norm)).chunk(2, -1)
+        return layer.down(F.silu(gate).mul_(up)).add_(hidden)
+
+    def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        # Without a weight, F.rms_norm computes in float32 and rounds once; multiplying afterwards
+        # rounds where transformers does. Given the weight, it would skip the first rounding.
+        return F.rms_norm(x, x.shape[-1:], None, self.config.rms_norm_eps).mul_(weight)
+
+    @torch.inference_mode()
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """Apply the model's last RMSNorm to [rows, d].
+
+        Raises:
+            RuntimeError: if the decoder was loaded without the head.
+        """
+        if self.norm is None:
+            raise RuntimeError("this decoder was loaded without the head")
+        return self._rms_norm(hidden, self.norm)
+
+    @torch.inference_mode()
+    def project(self, normed: Tensor) -> Tensor:
+        """Apply the LM head alone.
+
+        Args:
+            normed: [rows, d], from ``final_norm``.
+
+        Returns:
+            float32 [rows, V] logits.
+
+        Raises:
+            RuntimeError: if the decoder was loaded without the head.
+        """
+        if self.head is None:
+            raise RuntimeError("this decoder was loaded without the head")
+        return self.head(normed).float()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and LM head: [rows, d] -> float32 [rows, V]."""
+        return self.project(self.final_norm(hidden))

@@ -1,0 +1,118 @@
+"""From a model's directory to a decoder: read the weights, fuse them, pack them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fathom.models.config import ModelConfig, ModelError
+from fathom.models.decoder import Decoder, Layer
+from fathom.models.files import weights_digest
+from fathom.models.linear import Linear
+from fathom.models.resolve import resolve_model
+from fathom.models.weights import WeightFiles
+
+__all__ = ["load_decoder", "resolve_model", "weights_digest"]
+
+
+def load_decoder(
+    path: Path,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    layers: tuple[int, int] | None = None,
+    embedding: bool = True,
+    head: bool = True,
+) -> Decoder:
+    """Load a model, or the part of it that a stage runs.
+
+    Weights are read, cast, fused, packed and freed one layer at a time.
+
+    Args:
+        path: a Hugging Face directory, from ``resolve_model``.
+        dtype: float32, bfloat16 or float16, of weights and activations.
+        layers: [first, last) to hold; None holds all.
+        embedding: hold the embedding table. head: hold the final norm and the LM head.
+
+    Raises:
+        ModelError: for a missing or damaged file, a tensor that is missing or misshapen, an
+            unsupported architecture, or layers that the model does not have.
+    """
+    config = ModelConfig.from_directory(path)
+    first, last = layers or (0, config.num_layers)
+    if not 0 <= first <= last <= config.num_layers:
+        raise ModelError(f"{path}: no layers [{first}, {last}); the model has {config.num_layers}.")
+    reader = _LayerReader(WeightFiles(path), config, dtype, torch.device(device))
+    table = norm = lm_head = None
+    if embedding or (head and config.tie_word_embeddings):
+        table = reader.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+    if head:
+        norm = reader.tensor("model.norm.weight", config.hidden_size)
+        weight = table if config.tie_word_embeddings else None
+        if weight is None:
+            weight = reader.tensor("lm_head.weight", config.vocab_size, config.hidden_size)
+        lm_head = Linear(weight)
+    return Decoder(
+        config,
+        first,
+        [reader.layer(index) for index in range(first, last)],
+        dtype=dtype,
+        device=torch.device(device),
+        embedding=table if embedding else None,
+        norm=norm,
+        head=lm_head,
+    )
+
+
+class _LayerReader:
+    """Reads and fuses one layer after the other."""
+
+    def __init__(
+        self, files: WeightFiles, config: ModelConfig, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.files = files
+        self.config = config
+        self.dtype = dtype
+        self.device = device
+
+    def tensor(self, name: str, *shape: int) -> Tensor:
+        return self.files.tensor(name, shape, self.dtype, self.device)
+
+    def layer(self, index: int) -> Layer:
+        config, prefix = self.config, f"model.layers.{index}."
+        d, inner = config.hidden_size, config.intermediate_size
+        q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        return Layer(
+            input_norm=self.tensor(f"{prefix}input_layernorm.weight", d),
+            qkv=self._linear(
+                attention, {"q_proj": q, "k_proj": kv, "v_proj": kv}, d, config.qkv_bias
+            ),
+            qk_norm=self._qk_norm(attention),
+            output=self._linear(attention, {"o_proj": d}, q, config.output_bias),
+            post_norm=self.tensor(f"{prefix}post_attention_layernorm.weight", d),
+            gate_up=self._linear(mlp, {"gate_proj": inner, "up_proj": inner}, d, config.mlp_bias),
+            down=self._linear(mlp, {"down_proj": d}, inner, config.mlp_bias),
+        )
+
+    def _linear(self, prefix: str, parts: dict[str, int], inputs: int, bias: bool) -> Linear:
+        """Fuse parts that share their input: their outputs, in order, become one linear's."""
+        weights = [
+            self.tensor(f"{prefix}{part}.weight", out, inputs) for part, out in parts.items()
+        ]
+        biases = [self.tensor(f"{prefix}{part}.bias", out) for part, out in parts.items() if bias]
+        return Linear(_cat(weights), _cat(biases) if biases else None)
+
+    def _qk_norm(self, prefix: str) -> Tensor | None:
+        if not self.config.qk_norm:
+            return None
+        dim = self.config.head_dim
+        q = self.tensor(f"{prefix}q_norm.weight", dim).expand(self.config.num_heads, dim)
+        k = self.tensor(f"{prefix}k_norm.weight", dim).expand(self.config.num_kv_heads, dim)
+        return torch.cat((q, k))
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
