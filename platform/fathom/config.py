@@ -172,10 +172,10 @@ def from_mapping(kind: type[Config], values: Mapping[str, Any], where: str = "")
         if key not in fields:
             raise ConfigError(f"{name}: unknown setting; known: {', '.join(sorted(fields))}.")
         default = fields[key].default_factory
-        if dataclasses.is_dataclass(default):
+        if isinstance(default, type) and dataclasses.is_dataclass(default):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{name} must be a mapping, got {value!r}.")
-            value = from_mapping(default, value, f"{name}.")  # type: ignore[arg-type]
+            value = from_mapping(default, value, f"{name}.")
         arguments[key] = value
     return kind(**arguments)
 

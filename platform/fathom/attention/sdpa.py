@@ -121,10 +121,7 @@ def _plan_group(
     # Row r of a sequence sees keys [0, start + r]; padded rows see key 0, so that no softmax is
     # empty.
     last_seen = torch.tensor(
-        [
-            [rows.start + r if r < rows.num_rows else 0 for r in range(max_rows)]
-            for rows in members
-        ],
+        [[rows.start + r if r < rows.num_rows else 0 for r in range(max_rows)] for rows in members],
         device=device,
     )
     mask = None
@@ -139,7 +136,9 @@ def _plan_group(
     )
     row_index = out_index = out_rows = None
     if not is_whole or list(members) != list(batch.sequences):
-        padded, places, rows_of = [], [], []
+        padded: list[int] = []
+        places: list[int] = []
+        rows_of: list[int] = []
         for index, rows in enumerate(members):
             first = first_row[rows.seq_id]
             padded += [first + r if r < rows.num_rows else 0 for r in range(max_rows)]
@@ -161,9 +160,7 @@ def _plan_group(
     )
 
 
-def _attend_group(
-    group: _Group, layer: int, q: torch.Tensor, cache: PagedKVCache
-) -> torch.Tensor:
+def _attend_group(group: _Group, layer: int, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
     """Attend for one group; returns [sequences * max_rows, num_heads, head_dim]."""
     kv_heads, dim = cache.num_kv_heads, cache.head_dim
     heads = q.shape[1]

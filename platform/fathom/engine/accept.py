@@ -94,4 +94,3 @@ def judge(
             return Verdict(token, kept=False, agreed=False, deep_argmax=argmax)
         case AcceptMode.FULL:
             raise AssertionError("mode full makes no drafts")
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections import deque
@@ -11,7 +12,8 @@ from concurrent.futures import Future
 from typing import Any
 
 from fathom.config import EngineConfig
-from fathom.engine.engine import Engine, EngineInfo
+from fathom.engine.engine import Engine
+from fathom.engine.info import EngineInfo
 from fathom.types import Request, RequestOutput
 
 
@@ -190,7 +192,5 @@ class AsyncEngine:
 
 
 def _send(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any], item: Any) -> None:
-    try:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
         loop.call_soon_threadsafe(queue.put_nowait, item)
-    except RuntimeError:  # the loop is closed: nobody listens any more
-        pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from functools import partial
 
@@ -13,7 +14,8 @@ from fathom.attention.sdpa import SdpaBackend
 from fathom.config import ConfigError, EngineConfig
 from fathom.engine.costs import PROBE_ROWS, CostCurve, StageCosts
 from fathom.engine.deep import DeepStage, LocalDeepStage
-from fathom.engine.engine import Engine, EngineInfo
+from fathom.engine.engine import Engine
+from fathom.engine.info import EngineInfo
 from fathom.engine.scheduler import Scheduler
 from fathom.engine.shallow import ShallowStage
 from fathom.engine.stage import Stage
@@ -28,7 +30,7 @@ from fathom.models.heads import (
     read_trained_head,
 )
 from fathom.models.load import load_decoder, resolve_model, weights_digest
-from fathom.models.tokenizer import IncrementalDetokenizer, load_tokenizer
+from fathom.models.tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer
 
 _PROBE_CONTEXT = 64
 """Keys that rows see while stage costs are measured."""
@@ -59,6 +61,8 @@ def build_engine(
     directory = resolve_model(config.model)
     digest = weights_digest(directory)
     decoder = load_decoder(directory, dtype=dtype, device=config.device)
+    # Equal weights under another shape (RoPE scaling, norm epsilon) are another model.
+    shape = hashlib.sha256(repr(decoder.config).encode()).hexdigest()
     trained = _trained_head(config, digest)
     head = build_exit_head(decoder, directory, trained, config.exit_vocab)
     tokenizer = load_tokenizer(directory)
@@ -67,7 +71,7 @@ def build_engine(
         decoder,
         head,
         exit_layer=_exit_layer(config, decoder, trained),
-        weights_digest=digest,
+        weights_digest=f"{digest}-{shape}",
         tokenizer=tokenizer,
         wrap_deep=wrap_deep,
     )
@@ -80,7 +84,7 @@ def assemble(
     *,
     exit_layer: int,
     weights_digest: str,
-    tokenizer: object | None = None,
+    tokenizer: Tokenizer | None = None,
     wrap_deep: Callable[[LocalDeepStage], DeepStage] = lambda deep: deep,
 ) -> Engine:
     """Put an engine together from loaded parts.
@@ -111,8 +115,7 @@ def assemble(
 
     def roots(salt: str) -> tuple[KeyRoot, KeyRoot]:
         shallow_root, deep_root = (
-            KeyRoot(weights_digest, "", first, last, config.dtype, salt)
-            for first, last in split
+            KeyRoot(weights_digest, "", first, last, config.dtype, salt) for first, last in split
         )
         return shallow_root, deep_root
 

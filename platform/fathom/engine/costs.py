@@ -53,7 +53,7 @@ class CostCurve:
         return y0 + (y1 - y0) * (rows - x0) / (x1 - x0)
 
     def as_dict(self) -> Mapping[int, float]:
-        """rows -> seconds, as measured."""
+        """Seconds by rows, as measured."""
         return dict(self.points)
 
 

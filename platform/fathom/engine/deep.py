@@ -103,4 +103,3 @@ class LocalDeepStage:
         if len(wanted) < len(out):
             out = out[torch.tensor(wanted, dtype=torch.int64, device=out.device)]
         return self._stage.decoder.logits(out)
-

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import secrets
+import math
 import time
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass
 
 import torch
 
@@ -15,10 +14,12 @@ from fathom.engine import sampling
 from fathom.engine.accept import judge
 from fathom.engine.costs import FlushRule, StageCosts
 from fathom.engine.deep import DeepStage, FlushItem, FlushResult
+from fathom.engine.info import EngineInfo
+from fathom.engine.requests import check_request, new_sequences
 from fathom.engine.scheduler import Scheduler, ShallowWork
 from fathom.engine.sequence import Sequence
 from fathom.engine.shallow import ShallowStage
-from fathom.engine.text import DetokenizerFactory, TextStream
+from fathom.engine.text import DetokenizerFactory
 from fathom.ledger import Ledger
 from fathom.types import (
     AcceptMode,
@@ -29,28 +30,6 @@ from fathom.types import (
     Token,
     Usage,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class EngineInfo:
-    """What an engine runs.
-
-    Attributes:
-        model: as configured. exit_layer: k. num_layers: L. exit_vocab: tokens that the exit head
-            scores. num_blocks: KV blocks of each stage. block_size: tokens a block.
-    """
-
-    model: str
-    num_layers: int
-    exit_layer: int
-    exit_vocab: int
-    vocab_size: int
-    max_model_len: int
-    dtype: str
-    eos_token_ids: tuple[int, ...]
-    weights_digest: str
-    num_blocks: int
-    block_size: int
 
 
 class Engine:
@@ -109,34 +88,21 @@ class Engine:
         Raises:
             InvalidRequest: naming the field, its value and the remedy.
         """
-        self._check(request)
-        params = request.sampling
-        room = self.info.max_model_len - len(request.prompt_token_ids)
-        seed = secrets.randbits(63) if params.seed is None else params.seed
-        eos = () if params.ignore_eos else self.info.eos_token_ids
-        family: list[Sequence] = []
-        for index in range(request.n):
-            detokenizer = self._new_detokenizer() if self._new_detokenizer else None
-            family.append(
-                Sequence(
-                    seq_id=self._next_seq_id,
-                    request=request,
-                    index=index,
-                    seed=seed + index,
-                    max_tokens=min(params.max_tokens, room),
-                    tokens=list(request.prompt_token_ids),
-                    stop_ids=eos + params.stop_token_ids,
-                    text=TextStream(detokenizer, params.stop),
-                )
+        if request.request_id in self._live:
+            raise InvalidRequest(
+                f"request_id {request.request_id!r} is in use by a live request.",
+                param="request_id",
             )
-            self._next_seq_id += 1
-        parent, *children = family
-        # Children fork from the parent's prompt blocks once these are complete.
-        parent.children = children
-        for child in children:
-            child.parent = parent
+        check_request(
+            request,
+            self.info,
+            max_rows=self._scheduler.max_rows,
+            has_tokenizer=self._new_detokenizer is not None,
+        )
+        family = new_sequences(request, self.info, self._next_seq_id, self._new_detokenizer)
+        self._next_seq_id += len(family)
         self._live[request.request_id] = family
-        self._scheduler.waiting.append(parent)
+        self._scheduler.waiting.append(family[0])
 
     def cancel(self, request_id: str) -> bool:
         """End a request; its last outputs have ``finish_reason`` cancelled.
@@ -209,47 +175,6 @@ class Engine:
     def close(self) -> None:
         """Release the deep stage."""
         self._deep.close()
-
-    def _check(self, request: Request) -> None:
-        request.sampling.validate()
-        request.compute.validate()
-        info, prompt = self.info, request.prompt_token_ids
-        if request.request_id in self._live:
-            raise InvalidRequest(
-                f"request_id {request.request_id!r} is in use by a live request.",
-                param="request_id",
-            )
-        if request.n < 1 or request.n > 128:
-            raise InvalidRequest(f"n must be from 1 to 128, got {request.n}.", param="n")
-        if not prompt:
-            raise InvalidRequest("the prompt must hold at least one token.", param="prompt")
-        known = range(info.vocab_size)
-        for name, ids in (
-            ("prompt", prompt),
-            ("stop_token_ids", request.sampling.stop_token_ids),
-            ("logit_bias", tuple(request.sampling.logit_bias)),
-        ):
-            bad = next((i for i in ids if i not in known), None)
-            if bad is not None:
-                raise InvalidRequest(
-                    f"{name}: token id {bad} is not in the vocabulary of {info.vocab_size}.",
-                    param=name,
-                )
-        if len(prompt) >= info.max_model_len:
-            raise InvalidRequest(
-                f"the prompt has {len(prompt)} tokens; the longest that leaves room for an answer "
-                f"has {info.max_model_len - 1}.",
-                param="prompt",
-                code="context_length_exceeded",
-            )
-        if request.sampling.stop and self._new_detokenizer is None:
-            raise InvalidRequest("stop strings need a tokenizer.", param="stop")
-        if request.compute.max_stack >= self._scheduler.max_rows:
-            raise InvalidRequest(
-                f"max_stack must be below max_num_batched_tokens ({self._scheduler.max_rows}), "
-                f"got {request.compute.max_stack}.",
-                param="max_stack",
-            )
 
     # Draft
 
@@ -336,7 +261,8 @@ class Engine:
         Args:
             logits: [pending decisions, vocabulary] float32.
         """
-        if not bool(torch.isfinite(logits).all()):
+        # A sum is finite iff its terms are (float32 logits do not overflow it), and much cheaper.
+        if not math.isfinite(float(logits.sum())):
             self._end(seq, FinishReason.ERROR, "the model's logits are not finite")
             return
         compute, params = seq.request.compute, seq.request.sampling
@@ -468,4 +394,3 @@ class Engine:
 
     def _num_unforked(self) -> int:
         return sum(len(seq.children) for family in self._live.values() for seq in family)
-

@@ -101,9 +101,7 @@ class ShallowStage:
         seq.decided = seq.shallow_len
         seq.waiting = True
 
-    def _draft(
-        self, seq: Sequence, confidence: float, column: int, logits: torch.Tensor
-    ) -> None:
+    def _draft(self, seq: Sequence, confidence: float, column: int, logits: torch.Tensor) -> None:
         """Choose a draft; keep it if the exit policy lets it go."""
         position = seq.shallow_len - 1
         chance = uniform(seq.seed, position, seq.epoch, Draw.FORCED_EXIT)

@@ -78,7 +78,9 @@ class ExitHead:
         """
         if self._adapter is not None:
             hidden = self._adapter(hidden).add_(hidden)
-        normed = F.rms_norm(hidden, hidden.shape[-1:], self._norm, self._decoder.config.rms_norm_eps)
+        normed = F.rms_norm(
+            hidden, hidden.shape[-1:], self._norm, self._decoder.config.rms_norm_eps
+        )
         if self._subset is None:
             return self._decoder.project(normed)
         return self._subset(normed).float()
@@ -105,10 +107,10 @@ def read_trained_head(path: str | Path) -> tuple[TrainedHead, dict[str, str]]:
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT_VERSION:
+            if metadata.get("format_version") != FORMAT_VERSION:
                 raise ModelError(
-                    f"{path}: exit head of format {metadata.get('format')!r}; this version of "
-                    f"Fathom reads format {FORMAT_VERSION!r}. Train it again."
+                    f"{path}: exit head of format {metadata.get('format_version')!r}; this "
+                    f"version of Fathom reads format {FORMAT_VERSION!r}. Train it again."
                 )
             names = set(file.keys())
             head = TrainedHead(

@@ -49,7 +49,9 @@ def run_both(
         kv = torch.randn(total, 2 * KV_HEADS, DIM).to(dtype)
         ragged = RaggedBatch.build(batch, cache)
         paged = SdpaBackend().plan(ragged, cache, heads)(0, q, kv)
-        oracle.set_rows([r.seq_id for r in batch for _ in range(r.num_rows)], ragged.positions.tolist())
+        oracle.set_rows(
+            [r.seq_id for r in batch for _ in range(r.num_rows)], ragged.positions.tolist()
+        )
         contiguous = oracle(0, q, kv)
     return paged, contiguous
 

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from fathom.engine.engine import Engine
-from fathom.types import AcceptMode, ComputePolicy, FinishReason, InvalidRequest, PolicyName, Request
+from fathom.types import (
+    AcceptMode,
+    ComputePolicy,
+    FinishReason,
+    InvalidRequest,
+    PolicyName,
+    Request,
+)
 from tests.unit.engine.conftest import drain, request, run, run_one
 
 FULL = ComputePolicy(mode=AcceptMode.FULL)

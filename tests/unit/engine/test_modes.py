@@ -43,7 +43,9 @@ def oracle(model_dir: Path) -> transformers.PreTrainedModel:
     return transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
 
 
-def transformers_greedy(model: transformers.PreTrainedModel, prompt: list[int], n: int) -> list[int]:
+def transformers_greedy(
+    model: transformers.PreTrainedModel, prompt: list[int], n: int
+) -> list[int]:
     ids = torch.tensor([prompt])
     with torch.no_grad():
         out = model.generate(
@@ -107,9 +109,7 @@ def test_exact_is_full_token_for_token(engine, items, others):
     ]
     done = run(engine, batch)
     for i, (prompt, _, length) in enumerate(items):
-        full = run_one(
-            engine, request("full", prompt, FULL, max_tokens=length, ignore_eos=False)
-        )
+        full = run_one(engine, request("full", prompt, FULL, max_tokens=length, ignore_eos=False))
         assert done[f"exact{i}", 0].ids == full.ids
         assert done[f"exact{i}", 0].last.finish_reason == full.last.finish_reason
 
@@ -217,7 +217,9 @@ def test_held_drafts_are_never_shown_before_a_flush(engine):
 
 @settings(max_examples=20, deadline=None)
 @given(prompt=prompts, nats=st.floats(0, 3))
-def test_rollback_keeps_drafts_within_tau_and_replaces_the_first_beyond(engine, decoder, prompt, nats):
+def test_rollback_keeps_drafts_within_tau_and_replaces_the_first_beyond(
+    engine, decoder, prompt, nats
+):
     compute = ComputePolicy(
         mode=AcceptMode.ROLLBACK, policy=PolicyName.ALWAYS, rollback_nats=nats, max_stack=4
     )

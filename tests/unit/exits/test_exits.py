@@ -48,8 +48,6 @@ def test_full_depth_never_exits_and_always_always_does():
 
 
 def test_forced_exits_at_its_rate():
-    forced = ComputePolicy(
-        mode=AcceptMode.FREE, policy=PolicyName.FORCED, forced_exit_rate=0.25
-    )
+    forced = ComputePolicy(mode=AcceptMode.FREE, policy=PolicyName.FORCED, forced_exit_rate=0.25)
     assert exits(forced, 0.0, 0.2499)
     assert not exits(forced, 0.9, 0.25)

@@ -1,0 +1,27 @@
+"""What an engine runs, as others need to know it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine runs.
+
+    Attributes:
+        model: as configured. exit_layer: k. num_layers: L. exit_vocab: tokens that the exit head
+            scores. num_blocks: KV blocks of each stage. block_size: tokens a block.
+    """
+
+    model: str
+    num_layers: int
+    exit_layer: int
+    exit_vocab: int
+    vocab_size: int
+    max_model_len: int
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+    weights_digest: str
+    num_blocks: int
+    block_size: int
