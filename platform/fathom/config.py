@@ -105,9 +105,9 @@ class ServeConfig:
         host, port: where HTTP binds. Without an API key only loopback addresses are allowed.
         num_replicas: fused replicas (shallow and deep stage in one process).
         cpus_per_replica: CPU cores of a replica, which is also its thread count.
-        max_ongoing_requests: requests that one replica takes at once, running and waiting.
-        max_queued_requests: requests that may wait in the ingress for a replica; further ones
-            are answered 429.
+        max_ongoing_requests, max_queued_requests: the server takes ``num_replicas *
+            max_ongoing_requests + max_queued_requests`` requests at once, running and waiting;
+            further ones are answered 429.
         request_timeout_s: deadline of a request that sets none.
         drain_s: seconds that a stopping replica lets its requests finish.
         stream_interval_s: a stream's first token leaves at once; afterwards tokens that come
@@ -171,7 +171,7 @@ def from_mapping(kind: type[Config], values: Mapping[str, Any], where: str = "")
         name = f"{where}{key}"
         if key not in fields:
             raise ConfigError(f"{name}: unknown setting; known: {', '.join(sorted(fields))}.")
-        default = fields[key].default_factory
+        default: Any = fields[key].default_factory
         if isinstance(default, type) and dataclasses.is_dataclass(default):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{name} must be a mapping, got {value!r}.")

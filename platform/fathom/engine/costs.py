@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-PROBE_ROWS = (1, 2, 4, 8, 16, 32, 64)
+PROBE_ROWS = (1, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,23 +24,24 @@ class CostCurve:
 
     @classmethod
     def measure(
-        cls, run: Callable[[int], object], rows: tuple[int, ...] = PROBE_ROWS, repeats: int = 3
+        cls, run: Callable[[int], object], rows: tuple[int, ...] = PROBE_ROWS, repeats: int = 5
     ) -> CostCurve:
-        """Time ``run(rows)``: the median of ``repeats`` after one warm-up, never falling.
+        """Time ``run(rows)`` at each row count: the median of ``repeats``, never falling.
 
-        Row counts that the pool or the batch limit rules out are the caller's to leave out.
+        The row counts take turns, after one warm-up each, so that a disturbance does not settle on
+        one of them.
         """
-        points: list[tuple[int, float]] = []
         for count in rows:
             run(count)
-            times = []
-            for _ in range(repeats):
+        seconds: dict[int, list[float]] = {count: [] for count in rows}
+        for _ in range(repeats):
+            for count in rows:
                 start = time.perf_counter()
                 run(count)
-                times.append(time.perf_counter() - start)
-            # More rows are never less work; noise in one point must not say so.
-            points.append((count, max([statistics.median(times)] + [s for _, s in points[-1:]])))
-        return cls(tuple(points))
+                seconds[count].append(time.perf_counter() - start)
+        medians = [statistics.median(seconds[count]) for count in rows]
+        # More rows are never less work; noise in one point must not say so.
+        return cls(tuple(zip(rows, itertools.accumulate(medians, max), strict=True)))
 
     def __call__(self, rows: float) -> float:
         """Seconds of a pass over ``rows`` rows; linear between and beyond the points."""
