@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -162,8 +163,8 @@ def from_mapping(kind: type[Config], values: Mapping[str, Any], where: str = "")
     """Build a config dataclass from a mapping, nested dataclasses included.
 
     Raises:
-        ConfigError: for a key that the dataclass does not have, or a nested value that is no
-            mapping. Ranges are checked by ``validate``.
+        ConfigError: for a key that the dataclass does not have, a nested value that is no mapping,
+            or a name that is none of an enumeration's. Ranges are checked by ``validate``.
     """
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     arguments: dict[str, Any] = {}
@@ -176,8 +177,17 @@ def from_mapping(kind: type[Config], values: Mapping[str, Any], where: str = "")
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{name} must be a mapping, got {value!r}.")
             value = from_mapping(default, value, f"{name}.")
+        elif isinstance(fields[key].default, StrEnum):
+            value = _member(type(fields[key].default), value, name)
         arguments[key] = value
     return kind(**arguments)
+
+
+def _member(kind: type[StrEnum], value: Any, name: str) -> StrEnum:
+    try:
+        return kind(value)
+    except ValueError:
+        raise ConfigError(f"{name} must be one of {', '.join(kind)}, got {value!r}.") from None
 
 
 def load_yaml(kind: type[Config], path: str | os.PathLike[str]) -> Config:

@@ -1,0 +1,47 @@
+"""The ingress: OpenAI's protocol over HTTP, in front of the replicas. Loads no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastapi import FastAPI
+from ray.serve.handle import DeploymentHandle
+
+from deployments.handle_backend import HandleBackend
+from fathom.api.app import create_app
+from fathom.api.convert import Defaults
+from fathom.api.service import Service
+from fathom.config import ServeConfig
+from fathom.models.resolve import resolve_model
+from fathom.models.tokenizer import load_tokenizer
+
+
+class Ingress:
+    """Checks and tokenizes requests, and streams answers. Undecorated: see ``app.build``.
+
+    Args:
+        engine: handle of the replicas.
+        key_digests: of the API keys; a key itself never reaches Ray.
+
+    Raises:
+        ModelError: if the tokenizer cannot be loaded.
+    """
+
+    def __init__(
+        self, engine: DeploymentHandle, config: ServeConfig, key_digests: Sequence[bytes]
+    ) -> None:
+        limit = config.num_replicas * config.max_ongoing_requests + config.max_queued_requests
+        self._service = Service(
+            backend=HandleBackend(engine, limit=limit),
+            tokenizer=load_tokenizer(resolve_model(config.engine.model)),
+            model_name=config.model_name or config.engine.model,
+            defaults=Defaults(compute=config.engine.compute, timeout_s=config.request_timeout_s),
+        )
+        self._key_digests = tuple(key_digests)
+        self._max_body_bytes = config.max_body_bytes
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve after the constructor."""
+        return create_app(
+            self._service, key_digests=self._key_digests, max_body_bytes=self._max_body_bytes
+        )

@@ -1,0 +1,1 @@
+"""The OpenAI protocol: schemas, conversion, server-sent events, errors, keys. No Ray in here."""

@@ -1,0 +1,118 @@
+"""The HTTP application: routes, with keys and limits in front of them and no framework's errors."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.responses import JSONResponse, Response
+
+from fathom import __version__
+from fathom.api.auth import KeyMiddleware
+from fathom.api.backend import BackendUnavailable
+from fathom.api.errors import install_error_handlers, model_not_found
+from fathom.api.limits import BodyLimitMiddleware
+from fathom.api.schemas import ChatCompletionRequest, CompletionRequest
+from fathom.api.service import Answer, Service
+from fathom.api.sse import EventStream
+from fathom.observability.metrics import CONTENT_TYPE
+
+
+def create_app(service: Service, *, key_digests: Sequence[bytes], max_body_bytes: int) -> FastAPI:
+    """Build the application.
+
+    Args:
+        key_digests: of the API keys (``auth.digests_from_env``); without any, only clients on
+            this machine are served.
+        max_body_bytes: largest request body.
+    """
+    app = FastAPI(
+        title="Fathom",
+        description="Language models at adaptive depth, behind OpenAI's protocol.",
+        version=__version__,
+        redirect_slashes=False,
+    )
+    install_error_handlers(app)
+    # The last one added runs first: nothing of a request is read before its key is known.
+    app.add_middleware(BodyLimitMiddleware, limit=max_body_bytes)
+    app.add_middleware(KeyMiddleware, digests=key_digests)
+    _add_completion_routes(app, service)
+    _add_model_routes(app, service)
+    _add_operator_routes(app, service)
+    return app
+
+
+def _add_completion_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat_completions(body: ChatCompletionRequest) -> Response:
+        return _respond(await service.chat(body))
+
+    @app.post("/v1/completions", response_model=None)
+    async def completions(body: CompletionRequest) -> Response:
+        return _respond(await service.completion(body))
+
+
+def _add_model_routes(app: FastAPI, service: Service) -> None:
+    created = int(time.time())
+
+    async def card() -> dict[str, Any]:
+        info = await service.info()
+        return {
+            "id": service.model_name,
+            "object": "model",
+            "created": created,
+            "owned_by": "fathom",
+            "max_model_len": info.max_model_len,
+            "num_layers": info.num_layers,
+            "exit_layer": info.exit_layer,
+        }
+
+    @app.get("/v1/models", response_model=None)
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [await card()]}
+
+    # A model's name may hold slashes, as hub names do.
+    @app.get("/v1/models/{name:path}", response_model=None)
+    async def model(name: str) -> dict[str, Any]:
+        if name != service.model_name:
+            raise model_not_found(name)
+        return await card()
+
+
+def _add_operator_routes(app: FastAPI, service: Service) -> None:
+    @app.get("/health", response_model=None)
+    async def health() -> dict[str, str]:
+        """Whether HTTP is served at all; needs no key."""
+        return {"status": "ok"}
+
+    @app.get("/ready", response_model=None)
+    async def ready() -> dict[str, Any]:
+        """Whether a replica answers."""
+        reports = await service.reports()
+        if not reports:
+            raise BackendUnavailable("No engine is up yet; try again in a few seconds.")
+        return {"status": "ready", "replicas": len(reports)}
+
+    @app.get("/metrics", response_model=None)
+    async def metrics() -> Response:
+        """Prometheus metrics of the server and of every replica that answers."""
+        text = service.metrics.render(await service.reports())
+        return Response(text, headers={"Content-Type": CONTENT_TYPE})
+
+    @app.get("/version", response_model=None)
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
+
+
+def _respond(answer: Answer) -> Response:
+    if isinstance(answer, AsyncGenerator):
+        return EventStream(answer)
+    return _Json(answer)
+
+
+class _Json(JSONResponse):
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()

@@ -1,0 +1,97 @@
+"""Who may talk to the server: API keys, and which addresses a server without keys may bind."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import os
+from collections.abc import Mapping, Sequence
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from fathom.api.errors import missing_or_wrong_key
+from fathom.config import ConfigError
+
+KEY_VARIABLE = "FATHOM_API_KEY"
+OPEN_PATHS = frozenset({"/health"})
+
+
+def digest(key: str) -> bytes:
+    """SHA-256 of a key: what travels to the ingress and is compared, so no key is stored."""
+    return hashlib.sha256(key.encode()).digest()
+
+
+def digests_from_env(env: Mapping[str, str] | None = None) -> tuple[bytes, ...]:
+    """The digests of the keys in ``FATHOM_API_KEY`` (separated by commas), empty without any."""
+    value = (os.environ if env is None else env).get(KEY_VARIABLE, "")
+    return tuple(digest(key.strip()) for key in value.split(",") if key.strip())
+
+
+def is_allowed(key: str, digests: Sequence[bytes]) -> bool:
+    """Whether ``key`` is one of the keys; the time taken does not tell which, or how nearly."""
+    presented = hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+    found = False
+    for known in digests:
+        found |= hmac.compare_digest(presented, known)
+    return found
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host`` can be reached from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_bind(host: str, digests: Sequence[bytes]) -> None:
+    """Refuse to open a server without keys to other machines.
+
+    Raises:
+        ConfigError: if ``host`` is not a loopback address and there is no key.
+    """
+    if not digests and not is_loopback(host):
+        raise ConfigError(
+            f"host {host!r} can be reached from other machines, and no API key is set: "
+            f"set {KEY_VARIABLE}, or bind to 127.0.0.1."
+        )
+
+
+class KeyMiddleware:
+    """Checks the key before anything else is done, on every path but ``/health``.
+
+    A server without keys serves clients on this machine only, however it was bound: a Serve
+    config file sets the address apart from the application, so ``check_bind`` may not see it.
+    """
+
+    def __init__(self, app: ASGIApp, digests: Sequence[bytes]) -> None:
+        self._app = app
+        self._digests = tuple(digests)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket") and scope["path"] not in OPEN_PATHS:
+            refusal = self._refusal(scope)
+            if refusal is not None:
+                await missing_or_wrong_key(refusal).response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> str | None:
+        if not self._digests:
+            client = scope.get("client")
+            if client and is_loopback(client[0]):
+                return None
+            return f"This server has no API key and serves its own machine only; {_REMEDY}"
+        header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        scheme, _, key = header.decode("latin-1").partition(" ")
+        if scheme.lower() != "bearer" or not key.strip():
+            return "No API key was given; send the header 'Authorization: Bearer KEY'."
+        if not is_allowed(key.strip(), self._digests):
+            return "The API key is not valid."
+        return None
+
+
+_REMEDY = f"its operator can set {KEY_VARIABLE}."

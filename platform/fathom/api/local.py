@@ -1,0 +1,84 @@
+"""A backend over one engine in this process: what a replica serves, and plain processes use."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from fathom.api.backend import BackendUnavailable, ModelInfo, ReplicaReport
+from fathom.api.coalesce import coalesce
+from fathom.types import InvalidRequest, Request, RequestOutput
+
+
+class Engine(Protocol):
+    """What is used of ``fathom.engine.async_engine.AsyncEngine``."""
+
+    info: Any
+
+    def generate(self, request: Request) -> AsyncIterator[RequestOutput]: ...
+
+    def stats(self) -> Mapping[str, float]: ...
+
+    def check_health(self) -> None: ...
+
+
+class LocalBackend:
+    """See ``Backend``.
+
+    Args:
+        name: this engine's name in metrics.
+        interval_s: seconds between two pieces of a request's output, after the first piece.
+    """
+
+    def __init__(self, engine: Engine, *, name: str = "local", interval_s: float = 0.02) -> None:
+        self._engine = engine
+        self._name = name
+        self._interval_s = interval_s
+
+    async def generate(self, request: Request) -> AsyncGenerator[list[RequestOutput], None]:
+        """See ``Backend.generate``."""
+        try:
+            async with aclosing(
+                coalesce(self._engine.generate(request), self._interval_s)
+            ) as batches:
+                async for batch in batches:
+                    yield batch
+        except InvalidRequest:
+            raise
+        except Exception as error:
+            try:
+                self._engine.check_health()
+            except Exception as cause:
+                raise BackendUnavailable(f"The engine has stopped: {cause}") from cause
+            raise error
+
+    def report(self) -> ReplicaReport:
+        """The engine's figures.
+
+        Raises:
+            BackendUnavailable: if the engine has died.
+        """
+        try:
+            self._engine.check_health()
+        except Exception as cause:
+            raise BackendUnavailable(f"The engine has stopped: {cause}") from cause
+        info = self._engine.info
+        return ReplicaReport(
+            replica=self._name,
+            info=ModelInfo(
+                num_layers=info.num_layers,
+                exit_layer=info.exit_layer,
+                vocab_size=info.vocab_size,
+                max_model_len=info.max_model_len,
+                weights_digest=info.weights_digest,
+            ),
+            stats=dict(self._engine.stats()),
+        )
+
+    async def reports(self) -> list[ReplicaReport]:
+        """See ``Backend.reports``."""
+        try:
+            return [self.report()]
+        except BackendUnavailable:
+            return []

@@ -1,0 +1,81 @@
+"""One API call under way: its engine requests, what comes back as choices, its usage."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from fathom.api.backend import Backend
+from fathom.api.errors import failure_of
+from fathom.api.fanout import interleave
+from fathom.api.responses import Choice
+from fathom.api.schemas import ComputeOptions
+from fathom.observability.metrics import RequestTimer
+from fathom.types import InvalidRequest, Request, RequestOutput, Usage
+
+
+class Run:
+    """Runs the engine requests of one API call, all with the same ``n``.
+
+    Attributes:
+        usages: (prompt, completion) -> usage, complete once ``batches`` has ended.
+    """
+
+    def __init__(self, backend: Backend, requests: Sequence[Request], timer: RequestTimer) -> None:
+        self._backend = backend
+        self._requests = requests
+        self._timer = timer
+        self._offsets: dict[int, int] = {}
+        self.usages: dict[tuple[int, int], Usage] = {}
+
+    async def batches(self) -> AsyncGenerator[list[Choice], None]:
+        """News of the choices, in order. Closing this early cancels the requests.
+
+        Raises:
+            ApiError: when a completion ends in an error or at its deadline.
+            InvalidRequest, QueueFull, BackendUnavailable: from the backend.
+        """
+        n = self._requests[0].n
+        self._timer.begin(range(n * len(self._requests)))
+        reason = "cancelled"
+        streams = [self._backend.generate(request) for request in self._requests]
+        try:
+            async with aclosing(interleave(streams)) as outputs:
+                async for prompt, batch in outputs:
+                    yield [self._choice(prompt, n, out) for out in batch]
+        except InvalidRequest as error:
+            reason = "error"
+            raise _in_the_callers_words(error) from error
+        except Exception:
+            reason = "error"
+            raise
+        finally:
+            self._timer.abandon(reason)
+
+    def _choice(self, prompt: int, n: int, out: RequestOutput) -> Choice:
+        index = prompt * n + out.index
+        self._timer.tokens(index, len(out.tokens))
+        if out.usage is not None:
+            self.usages[prompt, out.index] = out.usage
+        if out.finish_reason is not None:
+            self._timer.finish(index, out.finish_reason.value)
+        failure = failure_of(out)
+        if failure is not None:
+            raise failure
+        offset = self._offsets.get(index, 0)
+        self._offsets[index] = offset + len(out.text)
+        return Choice(
+            index=index,
+            text=out.text,
+            tokens=out.tokens,
+            finish_reason=out.finish_reason,
+            stop_reason=out.stop_reason,
+            offset=offset,
+        )
+
+
+def _in_the_callers_words(error: InvalidRequest) -> InvalidRequest:
+    """The engine knows the fields of ``compute`` without their prefix."""
+    if error.param not in ComputeOptions.model_fields:
+        return error
+    return InvalidRequest(f"compute.{error}", param=f"compute.{error.param}", code=error.code)

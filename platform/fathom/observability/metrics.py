@@ -1,0 +1,176 @@
+"""Prometheus metrics of a server. Names mirror vLLM's with the prefix ``fathom_``.
+
+Latencies and token counts are measured where requests enter; everything about an engine comes
+from its replica's report at the time of the scrape, labelled with the replica.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from fathom.api.backend import ReplicaReport
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = (
+    0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160,
+    320, 640,
+)  # fmt: skip
+_STEP_SECONDS = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5,
+)  # fmt: skip
+
+# Figures that only grow; whatever else an engine reports is a gauge.
+_COUNTERS = frozenset(
+    {
+        "flops",
+        "flushes",
+        "generation_tokens",
+        "num_preemptions",
+        "prefix_cache_hits",
+        "prefix_cache_queries",
+    }
+)
+# The server counts these itself, under the plain name.
+_RENAMED = {"generation_tokens": "replica_generation_tokens"}
+_HELP = {
+    "num_requests_running": "Requests that the engine runs now.",
+    "num_requests_waiting": "Requests that wait for the engine to admit them.",
+    "kv_cache_usage_perc": "Share of KV blocks in use, from 0 to 1.",
+    "prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
+    "prefix_cache_hits": "Prompt tokens found in the prefix cache.",
+    "flops": "Multiply-adds x 2 of everything run.",
+    "flushes": "Deep passes.",
+    "generation_tokens": "Tokens that this replica has generated.",
+    "num_preemptions": "Requests recomputed because KV blocks ran out.",
+    "exit_rate": "Share of output tokens decided at the exit layer, from 0 to 1.",
+    "acceptance_rate": "Share of verified drafts that the deep stage agreed with, from 0 to 1.",
+    "layers_per_token": "Layer executions an output token, rejected drafts included.",
+    "flush_rows": "Mean rows of a deep pass.",
+    "exit_threshold": "Confidence above which a token exits.",
+}
+
+
+class ServerMetrics:
+    """The metrics of one server. Not thread-safe beyond what prometheus_client gives."""
+
+    def __init__(self, model_name: str) -> None:
+        self._registry = CollectorRegistry()
+        self._model_name = model_name
+        labels = ["model_name"]
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            metric = Histogram(name, text, labels, buckets=buckets, registry=self._registry)
+            return metric.labels(model_name)
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(name, text, labels, registry=self._registry).labels(model_name)
+
+        self.ttft = histogram(
+            "fathom_time_to_first_token_seconds",
+            "Seconds from a request's arrival to its first token.",
+            _SECONDS,
+        )
+        self.inter_token = histogram(
+            "fathom_inter_token_latency_seconds",
+            "Seconds a token after the first, over the tokens that arrive together.",
+            _STEP_SECONDS,
+        )
+        self.e2e = histogram(
+            "fathom_e2e_request_latency_seconds",
+            "Seconds from a request's arrival to its end.",
+            _SECONDS,
+        )
+        self.prompt_tokens = counter("fathom_prompt_tokens", "Prompt tokens of all requests.")
+        self.generation_tokens = counter("fathom_generation_tokens", "Tokens generated.")
+        self._finished = Counter(
+            "fathom_request_success",
+            "Completions by the way they ended.",
+            ["model_name", "finished_reason"],
+            registry=self._registry,
+        )
+
+    def count_finished(self, reason: str) -> None:
+        """Count the end of one completion."""
+        self._finished.labels(self._model_name, reason).inc()
+
+    def render(self, reports: Iterable[ReplicaReport]) -> bytes:
+        """The text exposition of this server's metrics and its replicas' figures."""
+        replicas = CollectorRegistry(auto_describe=False)
+        replicas.register(_Replicas(self._model_name, list(reports)))
+        return generate_latest(self._registry) + generate_latest(replicas)
+
+
+class RequestTimer:
+    """Takes the times of one request, from its creation on."""
+
+    def __init__(self, metrics: ServerMetrics, prompt_tokens: int) -> None:
+        self._metrics = metrics
+        self._start = time.perf_counter()
+        self._last: dict[int, float] = {}  # completion -> time of its latest tokens
+        self._open: set[int] = set()
+        metrics.prompt_tokens.inc(prompt_tokens)
+
+    def begin(self, indices: Iterable[int]) -> None:
+        """Name the completions that are to come."""
+        self._open.update(indices)
+
+    def tokens(self, index: int, count: int) -> None:
+        """Note ``count`` new tokens of a completion."""
+        if not count:
+            return
+        now = time.perf_counter()
+        if not self._last:
+            self._metrics.ttft.observe(now - self._start)
+        if index in self._last:
+            step = (now - self._last[index]) / count
+            for _ in range(count):
+                self._metrics.inter_token.observe(step)
+        self._last[index] = now
+        self._metrics.generation_tokens.inc(count)
+
+    def finish(self, index: int, reason: str) -> None:
+        """Note the end of a completion; the last one ends the request."""
+        self._open.discard(index)
+        self._metrics.count_finished(reason)
+        if not self._open:
+            self._metrics.e2e.observe(time.perf_counter() - self._start)
+
+    def abandon(self, reason: str) -> None:
+        """Note that whatever has not finished never will."""
+        for index in list(self._open):
+            self.finish(index, reason)
+
+
+class _Replicas(Collector):
+    def __init__(self, model_name: str, reports: list[ReplicaReport]) -> None:
+        self._model_name = model_name
+        self._reports = reports
+
+    def collect(self) -> Iterable[Metric]:
+        up = GaugeMetricFamily("fathom_replicas", "Replicas that answer.", labels=["model_name"])
+        up.add_metric([self._model_name], len(self._reports))
+        yield up
+        for name in sorted({name for report in self._reports for name in report.stats}):
+            kind = CounterMetricFamily if name in _COUNTERS else GaugeMetricFamily
+            text = _HELP.get(name, name.replace("_", " ").capitalize() + ".")
+            full_name = f"fathom_{_RENAMED.get(name, name)}"
+            family = kind(full_name, text, labels=["model_name", "replica"])
+            for report in self._reports:
+                _add(family, self._model_name, report.replica, name, report.stats)
+            yield family
+
+
+def _add(
+    family: CounterMetricFamily | GaugeMetricFamily,
+    model_name: str,
+    replica: str,
+    name: str,
+    stats: Mapping[str, float],
+) -> None:
+    if name in stats:
+        family.add_metric([model_name, replica], stats[name])
