@@ -177,8 +177,8 @@ def from_mapping(kind: type[Config], values: Mapping[str, Any], where: str = "")
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{name} must be a mapping, got {value!r}.")
             value = from_mapping(default, value, f"{name}.")
-        elif isinstance(fields[key].default, StrEnum):
-            value = _member(type(fields[key].default), value, name)
+        elif isinstance(member := fields[key].default, StrEnum):
+            value = _member(type(member), value, name)
         arguments[key] = value
     return kind(**arguments)
 

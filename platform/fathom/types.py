@@ -163,6 +163,7 @@ class ComputePolicy:
         mode: what a flush does with disagreements.
         policy: which exit policy decides; ignored (``never``) in mode ``full``.
         exit_threshold: λ of policy ``threshold``: exit iff confidence > λ, strictly. In [0, 1].
+            None takes the mode's default: see ``threshold``.
         forced_exit_rate: probability of an exit a token under policy ``forced``. In [0, 1].
         max_stack: most drafted tokens of a sequence that may wait for the deep stage, >= 1.
         rollback_nats: τ of mode ``rollback``, >= 0 (free.md): a draft is kept while
@@ -171,7 +172,7 @@ class ComputePolicy:
 
     mode: AcceptMode = AcceptMode.EXACT
     policy: PolicyName = PolicyName.THRESHOLD
-    exit_threshold: float = 0.9
+    exit_threshold: float | None = None
     forced_exit_rate: float = 0.0
     max_stack: int = 8
     rollback_nats: float = 2.0
@@ -187,7 +188,8 @@ class ComputePolicy:
             if value not in list(kind):
                 choices = ", ".join(kind)
                 raise InvalidRequest(f"{name} must be one of {choices}, got {value!r}.", param=name)
-        _check_range("exit_threshold", self.exit_threshold, 0, 1, "a number in [0, 1]")
+        if self.exit_threshold is not None:
+            _check_range("exit_threshold", self.exit_threshold, 0, 1, "a number in [0, 1]")
         _check_range("forced_exit_rate", self.forced_exit_rate, 0, 1, "a number in [0, 1]")
         _check_int("max_stack", self.max_stack, 1, "an integer from 1 to 64")
         if self.max_stack > 64:
@@ -201,6 +203,14 @@ class ComputePolicy:
     def drafts(self) -> bool:
         """Whether any token can leave at the exit layer."""
         return self.mode is not AcceptMode.FULL and self.policy is not PolicyName.NEVER
+
+    @property
+    def threshold(self) -> float:
+        """λ as it applies: the request's own, or 0.5 where a wrong draft costs time, 0.9 where it
+        costs quality (FREE starts at 0.9)."""
+        if self.exit_threshold is not None:
+            return self.exit_threshold
+        return 0.9 if self.mode is AcceptMode.FREE else 0.5
 
     @property
     def holds_drafts(self) -> bool:

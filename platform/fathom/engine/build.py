@@ -203,7 +203,7 @@ def _trained_head(config: EngineConfig, digest: str) -> TrainedHead | None:
         return None
     if config.exit_head != "auto":
         return read_trained_head(config.exit_head)[0]
-    path = packaged_head(digest)
+    path = packaged_head(config.model, digest)
     head = read_trained_head(path)[0] if path else None
     # A head reads the layer that it was trained on.
     return head if head and config.exit_layer in (0, head.exit_layer) else None

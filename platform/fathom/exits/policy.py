@@ -24,6 +24,6 @@ def exits(compute: ComputePolicy, confidence: float, uniform: float) -> bool:
         case PolicyName.ALWAYS:
             return True
         case PolicyName.THRESHOLD:
-            return confidence > compute.exit_threshold
+            return confidence > compute.threshold
         case PolicyName.FORCED:
             return uniform < compute.forced_exit_rate

@@ -124,16 +124,20 @@ def read_trained_head(path: str | Path) -> tuple[TrainedHead, dict[str, str]]:
         raise ModelError(f"{path}: cannot read the exit head: {error}") from error
 
 
-def packaged_head(weights_digest: str) -> Path | None:
-    """The exit head that ships with Fathom for exactly these weights, if there is one."""
+def packaged_head(model: str, weights_digest: str) -> Path | None:
+    """The exit head that ships with Fathom for these weights, or for a model of this hub name.
+
+    The same model comes in several forms (as released, or by way of a quantized file). A head
+    fits them all: it only drafts, and what a draft may cost in quality is the accept mode's word.
+    """
     folder = resources.files("fathom.models") / "exit_heads"
     if not folder.is_dir():
         return None
     for entry in sorted(folder.iterdir(), key=lambda e: e.name):
         if entry.name.endswith(".safetensors"):
             with resources.as_file(entry) as path, safe_open(str(path), framework="pt") as file:
-                digests = (file.metadata() or {}).get("weights_digest", "").split(",")
-                if weights_digest in digests:
+                metadata = file.metadata() or {}
+                if weights_digest == metadata.get("weights_digest") or model == metadata["model"]:
                     return path
     return None
 

@@ -1,0 +1,173 @@
+"""Options that several subcommands share, and how they become configuration."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from fathom.config import DEFAULT_MODEL, DTYPES, EngineConfig
+from fathom.types import AcceptMode, ComputePolicy, InvalidRequest, PolicyName, SamplingParams
+
+MODE_HELP = "full and exact are lossless; rollback and free are lossy"
+
+
+class UsageError(ValueError):
+    """Options or input that cannot be used; the message names the remedy."""
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of examples, and leaves room for long options."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=100)
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], *, about: str, examples: str
+) -> argparse.ArgumentParser:
+    """Add a subcommand's parser, with its description and examples."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=about,
+        description=about[0].upper() + about[1:] + ".",
+        epilog="examples:\n" + examples,
+        formatter_class=HelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_engine_options(parser: argparse.ArgumentParser, *, threads: bool = True) -> None:
+    """Options of ``EngineConfig``. Defaults are None, so that a configuration file can set them."""
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--model",
+        help=f"hub name, directory in Hugging Face form, or GGUF file (default: {DEFAULT_MODEL})",
+    )
+    group.add_argument("--dtype", choices=DTYPES, help="weights and KV (default: bfloat16)")
+    group.add_argument("--device", help="torch device (default: cpu)")
+    if threads:
+        group.add_argument("--threads", type=int, help="torch threads; 0: torch's own choice")
+    group.add_argument(
+        "--exit-layer", type=int, metavar="K", help="layers of the shallow stage; 0: the head's own"
+    )
+    group.add_argument(
+        "--exit-head", metavar="HEAD", help="auto, shared (the model's own), or a trained head"
+    )
+    group.add_argument(
+        "--exit-vocab",
+        type=int,
+        metavar="N",
+        help="frequency-ranked tokens that the exit head scores; 0: the head's own, -1: all",
+    )
+    group.add_argument("--max-num-seqs", type=int, metavar="N", help="most sequences at once")
+    group.add_argument("--max-model-len", type=int, metavar="N", help="longest prompt + answer")
+    group.add_argument("--kv-cache-bytes", type=int, metavar="N", help="of both stages' KV pools")
+
+
+def add_compute_options(parser: argparse.ArgumentParser, *, mode: bool = True) -> None:
+    """Options of ``ComputePolicy``."""
+    group = parser.add_argument_group("depth")
+    if mode:
+        group.add_argument(
+            "--mode",
+            choices=[mode.value for mode in AcceptMode],
+            help=f"{MODE_HELP} (default: exact)",
+        )
+    group.add_argument(
+        "--policy",
+        choices=[policy.value for policy in PolicyName],
+        help="what decides an exit (default: threshold; forced with --forced-exit-rate)",
+    )
+    group.add_argument(
+        "--exit-threshold", type=float, metavar="X", help="exit above this confidence, in [0, 1]"
+    )
+    group.add_argument(
+        "--forced-exit-rate",
+        type=float,
+        metavar="R",
+        help="exit at random at this rate (a benchmark's policy)",
+    )
+    group.add_argument(
+        "--max-stack", type=int, metavar="N", help="most drafts that wait for the deep stage"
+    )
+    group.add_argument(
+        "--rollback-nats", type=float, metavar="X", help="tolerance of mode rollback, in nats"
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``SamplingParams``."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--new-tokens", type=int, default=128, metavar="N", help="most tokens (default: 128)"
+    )
+    group.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)"
+    )
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus mass")
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="0 keeps all")
+    group.add_argument("--seed", type=int, help="makes sampling reproducible")
+    group.add_argument("--ignore-eos", action="store_true", help="keep going past end of text")
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end there (may be repeated)"
+    )
+
+
+def compute_values(args: argparse.Namespace) -> dict[str, Any]:
+    """The compute options that were given, as fields of ``ComputePolicy``."""
+    values = _given(args, *ComputePolicy.__dataclass_fields__)
+    if "forced_exit_rate" in values:
+        values.setdefault("policy", PolicyName.FORCED)
+    for name, kind in (("mode", AcceptMode), ("policy", PolicyName)):
+        if name in values:
+            values[name] = kind(values[name])
+    return values
+
+
+def engine_values(args: argparse.Namespace) -> dict[str, Any]:
+    """The engine options that were given, as fields of ``EngineConfig``, ``compute`` left out."""
+    values = _given(args, *EngineConfig.__dataclass_fields__)
+    values.pop("compute", None)
+    return values
+
+
+def compute_policy(args: argparse.Namespace) -> ComputePolicy:
+    """The checked compute policy that the options ask for.
+
+    Raises:
+        InvalidRequest: for a value out of range.
+    """
+    policy = ComputePolicy(**compute_values(args))
+    policy.validate()
+    return policy
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """The checked sampling parameters that the options ask for.
+
+    Raises:
+        UsageError: for a value out of range.
+    """
+    params = SamplingParams(
+        max_tokens=args.new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        seed=args.seed,
+        ignore_eos=args.ignore_eos,
+        stop=tuple(args.stop),
+    )
+    try:
+        params.validate()
+    except InvalidRequest as error:
+        # The command line's name of the field at fault.
+        option = {"max_tokens": "new_tokens"}.get(error.param or "", error.param or "")
+        text = str(error).replace(error.param or "", f"--{option.replace('_', '-')}", 1)
+        raise UsageError(text) from error
+    return params
+
+
+def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: v for name in names if (v := getattr(args, name, None)) is not None}

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from fathom import __version__
+from tests.unit.cli.conftest import Fathom
+
+COMMANDS = ["serve", "generate", "pull", "bench engine", "doctor"]
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_has_examples(fathom: Fathom, command: str) -> None:
+    result = fathom(*command.split(), "--help")
+    assert result.returncode == 0
+    assert f"  fathom {command}" in result.stdout.split("examples:")[1]
+
+
+def test_help_does_not_wait_for_heavy_imports(fathom: Fathom) -> None:
+    fathom("--help")  # byte code is written now
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        fathom("--help")
+        seconds.append(time.perf_counter() - start)
+    # Half a second on a quiet machine; importing torch alone takes several times that.
+    assert min(seconds) < 1.0
+
+
+def test_version(fathom: Fathom) -> None:
+    assert fathom("--version").stdout == f"fathom {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ("", "COMMAND"),
+        ("nonsense", "invalid choice: 'nonsense'"),
+        ("generate --mode deep hi", "choose from full, exact, rollback, free"),
+        ("generate --dtype int8 hi", "choose from float32, bfloat16, float16"),
+        ("generate --exit-threshold 1.5 hi", "exit_threshold must be a number in [0, 1]"),
+        ("generate --forced-exit-rate -1 hi", "forced_exit_rate must be a number in [0, 1]"),
+        ("generate --max-stack 0 hi", "max_stack must be an integer from 1 to 64"),
+        ("generate --new-tokens 0 hi", "--new-tokens must be an integer of at least 1"),
+        ("generate --temperature 3 hi", "--temperature must be a number in [0, 2]"),
+        ("generate --threads -2 hi", "threads must be an integer of at least 0"),
+        ("generate", "the prompt is empty"),
+        ("generate --json out.jsonl hi", "--json and --resume belong to --prompts"),
+        ("generate --prompts none.jsonl", "none.jsonl: cannot read the prompts"),
+        ("generate --prompts a.jsonl hi", "not both"),
+        ("generate --prompts a.jsonl --resume", "--resume needs --json"),
+        ("serve --port 99999", "port must be from 1 to 65535"),
+        ("serve --replicas 0", "num_replicas must be above 0"),
+        ("serve --config none.yaml", "none.yaml: cannot read the configuration"),
+        ("bench", "fathom bench engine"),
+        ("bench engine --modes full,deep", "--modes must be a list of full, exact"),
+        ("bench engine --batch 1,x", "--batch must be a list of integers"),
+        ("bench engine --runs 0", "--runs must be at least 1"),
+        ("bench engine --json none/out.json", "there is no such folder"),
+        ("pull --source nowhere", "invalid choice: 'nowhere'"),
+    ],
+)
+def test_usage_errors_are_one_line_and_exit_2(fathom: Fathom, args: str, says: str) -> None:
+    result = fathom(*args.split())
+    assert result.returncode == 2, result.stderr
+    # Python's versions differ in quoting choices.
+    assert says.replace("'", "") in result.stderr.replace("'", "")
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_unknown_setting_in_a_file_names_the_known_ones(fathom: Fathom, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("engine:\n  modell: x\n")
+    result = fathom("serve", "--config", "bad.yaml")
+    assert result.returncode == 2
+    assert "engine.modell: unknown setting; known: block_size" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "no valid JSON"),
+        ("[1]", "must be an object, got list"),
+        ("{}", 'needs either "prompt" or "messages"'),
+        ('{"prompt": "a", "messages": []}', 'needs either "prompt" or "messages"'),
+        ('{"prompt": 3}', '"prompt" must be a non-empty string'),
+        ('{"prompt": ""}', '"prompt" must be a non-empty string'),
+        ('{"messages": []}', '"messages" must be a non-empty list'),
+        ('{"messages": [{"role": "user"}]}', 'a message needs "role" and "content"'),
+        ('{"messages": ["hi"]}', 'a message needs "role" and "content"'),
+    ],
+)
+def test_a_bad_line_is_named_before_any_work(
+    fathom: Fathom, tmp_path: Path, line: str, says: str
+) -> None:
+    (tmp_path / "in.jsonl").write_text(f'{{"prompt": "good"}}\n\n{line}\n')
+    result = fathom("generate", "--prompts", "in.jsonl", "--json", "out.jsonl")
+    assert result.returncode == 2
+    assert f"in.jsonl:3: {says}" in result.stderr
+    assert 'write {"prompt": "text"}' in result.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_missing_model_is_a_failure(fathom: Fathom) -> None:
+    result = fathom("generate", "--model", "nobody/nothing-here", "hi")
+    assert result.returncode == 1
+    assert "fathom pull nobody/nothing-here" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(fathom: Fathom) -> None:
+    result = fathom("generate", "--new-tokens", "0", "hi", FATHOM_DEBUG="1")
+    assert result.returncode != 0
+    assert "Traceback" in result.stderr
+
+
+def test_a_public_address_without_a_key_is_refused(fathom: Fathom) -> None:
+    result = fathom("serve", "--host", "0.0.0.0")
+    assert result.returncode == 2
+    assert "FATHOM_API_KEY" in result.stderr
