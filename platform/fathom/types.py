@@ -206,8 +206,11 @@ class ComputePolicy:
 
     @property
     def threshold(self) -> float:
-        """λ as it applies: the request's own, or 0.5 where a wrong draft costs time, 0.9 where it
-        costs quality (FREE starts at 0.9)."""
+        """λ as it applies.
+
+        The request's own, or 0.5 where a wrong draft costs time, 0.9 where it costs quality (FREE
+        starts at 0.9).
+        """
         if self.exit_threshold is not None:
             return self.exit_threshold
         return 0.9 if self.mode is AcceptMode.FREE else 0.5

@@ -10,7 +10,9 @@ from fathom.types import AcceptMode, ComputePolicy
 
 def test_a_yaml_file_becomes_nested_settings(tmp_path):
     path = tmp_path / "serve.yaml"
-    path.write_text("port: 9000\nengine:\n  dtype: float32\n  compute: {mode: free, max_stack: 3}\n")
+    path.write_text(
+        "port: 9000\nengine:\n  dtype: float32\n  compute: {mode: free, max_stack: 3}\n"
+    )
     config = load_yaml(ServeConfig, path)
     config.validate()
     assert (config.port, config.engine.dtype) == (9000, "float32")

@@ -8,8 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
-from fathom.bench.ideal import Costs, ideal_speedup
+from fathom.bench.ideal import Costs, ideal_speedup, in_step_speedup
 from fathom.bench.measure import Contender, FathomContender, Run, median_ratio, percentile
+from fathom.types import PolicyName
 
 Key = tuple[str, str, int]
 """Engine, mode, batch size."""
@@ -43,11 +44,13 @@ def build_rows(
                 "batch": batch,
                 "dtype": dtype,
                 "threads": threads,
+                "exit_threshold": _threshold(contender),
                 **_times(own),
                 **_compute(own[-1]),
                 "speedup_over_full": _speedup(own, full),
                 "ideal_speedup": None,
                 "measured_over_ideal": None,
+                "in_step_speedup": None,
                 "requests": len(own[-1].token_ids),
                 "requests_differing_from_full": None,
                 "runs": [round(run.tokens_per_s, 3) for run in own],
@@ -57,17 +60,26 @@ def build_rows(
                     a != b for a, b in zip(own[-1].token_ids, full[-1].token_ids, strict=True)
                 )
             if isinstance(contender, FathomContender) and contender.compute.drafts:
-                ideal = ideal_speedup(
-                    costs,
-                    batch=batch,
-                    exit_rate=row["exit_rate"],
-                    max_stack=contender.compute.max_stack,
-                )
+                case = {
+                    "batch": batch,
+                    "exit_rate": row["exit_rate"],
+                    "max_stack": contender.compute.max_stack,
+                }
+                ideal = ideal_speedup(costs, **case)
                 row["ideal_speedup"] = ideal
+                row["in_step_speedup"] = in_step_speedup(costs, **case)
                 if row["speedup_over_full"] is not None:
                     row["measured_over_ideal"] = row["speedup_over_full"] / ideal
             rows.append(row)
     return rows
+
+
+def _threshold(contender: Contender) -> float | None:
+    """The threshold as it applied, where one decided."""
+    if not isinstance(contender, FathomContender) or not contender.compute.drafts:
+        return None
+    compute = contender.compute
+    return compute.threshold if compute.policy is PolicyName.THRESHOLD else None
 
 
 def _times(runs: Sequence[Run]) -> dict[str, Any]:

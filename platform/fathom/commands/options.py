@@ -81,7 +81,11 @@ def add_compute_options(parser: argparse.ArgumentParser, *, mode: bool = True) -
         help="what decides an exit (default: threshold; forced with --forced-exit-rate)",
     )
     group.add_argument(
-        "--exit-threshold", type=float, metavar="X", help="exit above this confidence, in [0, 1]"
+        "--exit-threshold",
+        type=float,
+        metavar="X",
+        help="exit above this confidence, in [0, 1] (default: 0.5 where drafts are verified, "
+        "0.9 in free)",
     )
     group.add_argument(
         "--forced-exit-rate",

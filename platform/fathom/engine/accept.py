@@ -34,6 +34,7 @@ class Verdict:
 def judge(
     decision: Decision,
     logits: torch.Tensor,
+    argmax: int,
     *,
     compute: ComputePolicy,
     params: SamplingParams,
@@ -52,16 +53,16 @@ def judge(
       min(1, p(x) / q(x)), else draw from max(0, p - q) normalised.
 
     Args:
-        logits: [vocabulary] float32, adjusted (``sampling.adjust``), finite.
+        logits: [vocabulary], adjusted (``sampling.adjust``), finite; float32 unless the request is
+            greedy and plain. argmax: its best token.
         seed, epoch: of the sequence, for its draws.
     """
-    argmax = int(logits.argmax())
 
     def draw_uniform(purpose: Draw) -> float:
         return uniform(seed, decision.position, epoch, purpose)
 
     def deep_token() -> int:
-        if params.temperature == 0:
+        if sampling.is_greedy(params):
             return argmax
         probs = sampling.distribution(logits, params)
         return sampling.draw(probs, draw_uniform(Draw.DEEP))
@@ -74,12 +75,12 @@ def judge(
         case AcceptMode.FREE:
             return Verdict(draft, kept=True, agreed=draft == argmax, deep_argmax=argmax)
         case AcceptMode.ROLLBACK:
-            surprise = -float(torch.log_softmax(logits, dim=-1)[draft])
+            surprise = -float(torch.log_softmax(logits.float(), dim=-1)[draft])
             kept = surprise <= compute.rollback_nats
             return Verdict(
                 draft if kept else deep_token(), kept=kept, agreed=kept, deep_argmax=argmax
             )
-        case AcceptMode.EXACT if params.temperature == 0:
+        case AcceptMode.EXACT if sampling.is_greedy(params):
             return Verdict(argmax, kept=draft == argmax, agreed=draft == argmax, deep_argmax=argmax)
         case AcceptMode.EXACT:
             assert decision.draft_probs is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 from collections.abc import Callable
 from functools import partial
@@ -66,6 +68,7 @@ def build_engine(
     trained = _trained_head(config, digest)
     head = build_exit_head(decoder, directory, trained, config.exit_vocab)
     tokenizer = load_tokenizer(directory)
+    _return_freed_memory()
     return assemble(
         config,
         decoder,
@@ -196,6 +199,12 @@ def _stage(decoder: Decoder, layers: tuple[int, int], num_blocks: int, block_siz
         device=decoder.device,
     )
     return Stage(decoder, first, last, cache, SdpaBackend())
+
+
+def _return_freed_memory() -> None:
+    """Give the system back what loading has freed; glibc keeps it otherwise."""
+    with contextlib.suppress(OSError, AttributeError):  # other C libraries have no malloc_trim
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _trained_head(config: EngineConfig, digest: str) -> TrainedHead | None:

@@ -41,7 +41,8 @@ class FlushResult:
     """The deep stage's answer.
 
     Attributes:
-        logits: [sum of num_outputs, vocabulary] float32, item after item.
+        logits: [sum of num_outputs, vocabulary], item after item, in the model's dtype: greedy
+            rows need no more, and a copy of all of them in float32 costs as much as a layer.
     """
 
     logits: torch.Tensor

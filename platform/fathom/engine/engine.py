@@ -238,6 +238,8 @@ class Engine:
             block = False
             try:
                 logits = answer.result().logits
+                # One reduction serves all greedy choices, and shows what is not finite.
+                best, argmax = (values.tolist() for values in logits.max(dim=-1))
             except Exception as error:  # a deep stage that failed ends its requests, not the engine
                 for seq, _, _ in away:
                     seq.in_flight = False
@@ -250,34 +252,47 @@ class Engine:
                 if seq.finish_reason in (FinishReason.CANCELLED, FinishReason.DEADLINE):
                     self._retire(seq)
                 elif outputs:
-                    self._accept(seq, logits[row : row + outputs])
+                    own = slice(row, row + outputs)
+                    self._accept(seq, logits[own], best[own], argmax[own])
                 row += outputs
 
     # Accept
 
-    def _accept(self, seq: Sequence, logits: torch.Tensor) -> None:
+    def _accept(
+        self, seq: Sequence, logits: torch.Tensor, best: list[float], argmax: list[int]
+    ) -> None:
         """Apply the accept mode to the pending decisions of one sequence.
 
         Args:
-            logits: [pending decisions, vocabulary] float32.
+            logits: [pending decisions, vocabulary]. best, argmax: of each row; a NaN counts as
+                the largest, so ``best`` is finite iff the row holds neither NaN nor +inf.
         """
-        # A sum is finite iff its terms are (float32 logits do not overflow it), and much cheaper.
-        if not math.isfinite(float(logits.sum())):
+        if not all(map(math.isfinite, best)):
             self._end(seq, FinishReason.ERROR, "the model's logits are not finite")
             return
         compute, params = seq.request.compute, seq.request.sampling
         pending, seq.pending = seq.pending, []
         seq.waiting = False
-        for decision, row in zip(pending, logits, strict=True):
-            adjusted = sampling.adjust(
-                row,
-                params,
-                seq.request.prompt_token_ids,
-                seq.tokens[seq.num_prompt : decision.position + 1],
-                seq.stop_ids,
-            )
+        as_it_is = sampling.is_greedy(params) and sampling.is_plain(params)
+        for decision, row, choice in zip(pending, logits, argmax, strict=True):
+            scores = row
+            if not as_it_is:
+                scores = sampling.adjust(
+                    row,
+                    params,
+                    seq.request.prompt_token_ids,
+                    seq.tokens[seq.num_prompt : decision.position + 1],
+                    seq.stop_ids,
+                )
+                choice = int(scores.argmax())
             verdict = judge(
-                decision, adjusted, compute=compute, params=params, seed=seq.seed, epoch=seq.epoch
+                decision,
+                scores,
+                choice,
+                compute=compute,
+                params=params,
+                seed=seq.seed,
+                epoch=seq.epoch,
             )
             drafted = decision.token is not None
             if drafted:

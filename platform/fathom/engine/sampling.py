@@ -20,6 +20,11 @@ def is_plain(params: SamplingParams) -> bool:
     )
 
 
+def is_greedy(params: SamplingParams) -> bool:
+    """Whether the best token is always taken."""
+    return params.temperature == 0
+
+
 def adjust(
     logits: torch.Tensor,
     params: SamplingParams,
@@ -30,16 +35,16 @@ def adjust(
     """Apply penalties, bias and ``min_tokens``.
 
     Args:
-        logits: [vocabulary] float32; left as it is.
+        logits: [vocabulary]; left as it is.
         prompt, output: the tokens before the one to choose.
         stop_ids: token ids that would end generation.
 
     Returns:
-        [vocabulary] float32, the same tensor where nothing applies.
+        [vocabulary] float32.
     """
     if is_plain(params):
-        return logits
-    logits = logits.clone()
+        return logits.float()
+    logits = logits.to(torch.float32, copy=True)
     size = logits.shape[-1]
     if params.repetition_penalty != 1:
         seen = torch.tensor(sorted({*prompt, *output}), dtype=torch.int64, device=logits.device)
@@ -106,13 +111,13 @@ def logprobs_of(
     """Log probability of a token and of the best alternatives.
 
     Args:
-        logits: [vocabulary] float32, as the model gave them.
+        logits: [vocabulary] as the model gave them.
 
     Returns:
         the token's logprob in nats, and token id -> logprob of the ``num_top`` best, best first
         (None for 0).
     """
-    scores = torch.log_softmax(logits, dim=-1)
+    scores = torch.log_softmax(logits.float(), dim=-1)
     top = None
     if num_top:
         values, ids = scores.topk(min(num_top, len(scores)))

@@ -16,7 +16,7 @@ from fathom.exits.confidence import softmax_gap
 from fathom.exits.policy import exits
 from fathom.ledger import Ledger
 from fathom.models.heads import ExitHead
-from fathom.types import AcceptMode
+from fathom.types import AcceptMode, PolicyName
 
 
 class ShallowStage:
@@ -104,12 +104,15 @@ class ShallowStage:
     def _draft(self, seq: Sequence, confidence: float, column: int, logits: torch.Tensor) -> None:
         """Choose a draft; keep it if the exit policy lets it go."""
         position = seq.shallow_len - 1
-        chance = uniform(seq.seed, position, seq.epoch, Draw.FORCED_EXIT)
-        if not exits(seq.request.compute, confidence, chance):
+        compute = seq.request.compute
+        chance = 0.0
+        if compute.policy is PolicyName.FORCED:
+            chance = uniform(seq.seed, position, seq.epoch, Draw.FORCED_EXIT)
+        if not exits(compute, confidence, chance):
             return self._leave_to_deep_stage(seq, confidence)
         params = seq.request.sampling
         probs = None
-        if params.temperature == 0 and sampling.is_plain(params):
+        if sampling.is_greedy(params) and sampling.is_plain(params):
             token = self._head.token_of(column)
         else:
             adjusted = sampling.adjust(
@@ -121,12 +124,12 @@ class ShallowStage:
             )
             if bool(torch.isneginf(adjusted).all()):  # every scored token is ruled out
                 return self._leave_to_deep_stage(seq, confidence)
-            if params.temperature == 0:
+            if sampling.is_greedy(params):
                 token = int(adjusted.argmax())
             else:
                 probs = sampling.distribution(adjusted, params)
                 token = sampling.draw(probs, uniform(seq.seed, position, seq.epoch, Draw.DRAFT))
-        keep = probs if seq.request.compute.mode is AcceptMode.EXACT else None
+        keep = probs if compute.mode is AcceptMode.EXACT else None
         seq.pending.append(Decision(position, token, confidence, keep))
         seq.tokens.append(token)
         seq.decided = seq.shallow_len

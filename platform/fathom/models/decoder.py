@@ -179,15 +179,15 @@ class Decoder:
             normed: [rows, d], from ``final_norm``.
 
         Returns:
-            float32 [rows, V] logits.
+            [rows, V] logits in the model's dtype.
 
         Raises:
             RuntimeError: if the decoder was loaded without the head.
         """
         if self.head is None:
             raise RuntimeError("this decoder was loaded without the head")
-        return self.head(normed).float()
+        return self.head(normed)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Final norm and LM head: [rows, d] -> float32 [rows, V]."""
+        """Final norm and LM head: [rows, d] -> [rows, V] in the model's dtype."""
         return self.project(self.final_norm(hidden))

@@ -74,7 +74,7 @@ class ExitHead:
             hidden: [rows, d] output of the exit layer.
 
         Returns:
-            [rows, n] float32, n the scored tokens.
+            [rows, n] in the model's dtype, n the scored tokens.
         """
         if self._adapter is not None:
             hidden = self._adapter(hidden).add_(hidden)
@@ -83,7 +83,7 @@ class ExitHead:
         )
         if self._subset is None:
             return self._decoder.project(normed)
-        return self._subset(normed).float()
+        return self._subset(normed)
 
     def token_of(self, column: int) -> int:
         """The token that a column of ``logits`` scores."""
