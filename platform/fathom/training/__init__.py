@@ -1,0 +1,1 @@
+"""Training of what adaptive depth adds to a model: exit heads first."""
