@@ -15,6 +15,7 @@ from fathom.engine.accept import judge
 from fathom.engine.costs import FlushRule, StageCosts
 from fathom.engine.deep import DeepStage, FlushItem, FlushResult
 from fathom.engine.info import EngineInfo
+from fathom.engine.output import confirm, take_output
 from fathom.engine.requests import check_request, new_sequences
 from fathom.engine.scheduler import Scheduler, ShallowWork
 from fathom.engine.sequence import Sequence
@@ -27,8 +28,6 @@ from fathom.types import (
     InvalidRequest,
     Request,
     RequestOutput,
-    Token,
-    Usage,
 )
 
 
@@ -187,7 +186,7 @@ class Engine:
                 continue
             if seq.request.compute.mode is AcceptMode.FREE:
                 assert logits is not None
-                self._confirm(seq, decision.token, self.info.exit_layer, logits)
+                confirm(seq, decision.token, self.info.exit_layer, logits, self.ledger)
             # The end of the text, as drafted, goes to the deep stage at once.
             if seq.finish_reason or self._may_end(seq, decision.token):
                 seq.waiting = True
@@ -303,7 +302,7 @@ class Engine:
                 seq.tokens.append(verdict.token)
             if compute.holds_drafts or not drafted:
                 depth = self.info.exit_layer if verdict.kept else self.info.num_layers
-                self._confirm(seq, verdict.token, depth, row)
+                confirm(seq, verdict.token, depth, row, self.ledger)
             if (drafted and not verdict.kept) or (compute.holds_drafts and seq.finish_reason):
                 break
         self._scheduler.publish(seq)
@@ -322,25 +321,6 @@ class Engine:
         self._deep.cache.truncate(seq.seq_id, seq.deep_len)
         seq.decided = length
         seq.epoch += 1
-
-    def _confirm(self, seq: Sequence, token: int, depth: int, logits: torch.Tensor) -> None:
-        """Make one token final, and see whether the completion ends with it."""
-        params = seq.request.sampling
-        logprob = top = None
-        if params.logprobs is not None:
-            logprob, top = sampling.logprobs_of(logits, token, params.logprobs)
-        seq.confirmed += 1
-        seq.new_tokens.append(Token(token, depth, logprob, top))
-        self.ledger.enter_token(seq.compute, depth)
-        if token in seq.stop_ids:
-            seq.finish_reason = FinishReason.STOP
-            seq.stop_reason = token if token in params.stop_token_ids else None
-            return
-        stop = seq.text.push(token)
-        if stop is not None and seq.num_confirmed_output >= params.min_tokens:
-            seq.finish_reason, seq.stop_reason = FinishReason.STOP, stop
-        elif seq.num_confirmed_output >= seq.max_tokens:
-            seq.finish_reason = FinishReason.LENGTH
 
     def _fork_children(self, seq: Sequence) -> None:
         """Start the other completions of a request on the prompt blocks of the first."""
@@ -387,25 +367,11 @@ class Engine:
         self._report(seq)
 
     def _report(self, seq: Sequence) -> None:
-        text = seq.text.take()
-        done = seq.finish_reason is not None and seq not in self._live.get(
-            seq.request.request_id, ()
-        )
-        if not (seq.new_tokens or text or done):
-            return
-        output = RequestOutput(seq.request.request_id, seq.index, seq.new_tokens, text)
-        seq.new_tokens = []
-        if done:
-            output.finish_reason = seq.finish_reason
-            output.stop_reason = seq.stop_reason
-            output.error = seq.error
-            output.usage = Usage(
-                prompt_tokens=seq.num_prompt,
-                completion_tokens=seq.num_confirmed_output,
-                cached_tokens=seq.cached_tokens,
-                compute=seq.compute,
-            )
-        self._outputs.append(output)
+        family = self._live.get(seq.request.request_id, ())
+        ended = seq.finish_reason is not None and seq not in family
+        output = take_output(seq, ended=ended)
+        if output is not None:
+            self._outputs.append(output)
 
     def _num_unforked(self) -> int:
         return sum(len(seq.children) for family in self._live.values() for seq in family)
