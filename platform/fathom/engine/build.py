@@ -161,7 +161,9 @@ def measure_stage_costs(
 ) -> StageCosts:
     """Time both stages at a few row counts, spread over up to 8 sequences with a short context."""
     counts = tuple(rows for rows in PROBE_ROWS if rows <= max_rows)
-    hidden = decoder.embed(torch.arange(counts[-1]) % decoder.config.vocab_size)
+    hidden = decoder.embed(
+        torch.arange(counts[-1], device=decoder.device) % decoder.config.vocab_size
+    )
     longest = _PROBE_CONTEXT + counts[-1]
     # A pool of its own: the serving pool may be smaller, and stays untouched.
     num_blocks = 1 + _PROBE_SEQUENCES * -(-longest // block_size)
@@ -180,10 +182,16 @@ def measure_stage_costs(
         return stage.run(batch, hidden[:rows])
 
     return StageCosts(
-        shallow=CostCurve.measure(lambda rows: head.logits(run(shallow, rows)), counts),
-        shallow_full=CostCurve.measure(lambda rows: run(shallow, rows), counts),
-        deep=CostCurve.measure(lambda rows: decoder.logits(run(deep, rows)), counts),
+        shallow=CostCurve.measure(lambda rows: _finish(head.logits(run(shallow, rows))), counts),
+        shallow_full=CostCurve.measure(lambda rows: _finish(run(shallow, rows)), counts),
+        deep=CostCurve.measure(lambda rows: _finish(decoder.logits(run(deep, rows))), counts),
     )
+
+
+def _finish(result: torch.Tensor) -> None:
+    """Wait for a result: a GPU answers before it is done."""
+    if result.is_cuda:
+        torch.cuda.synchronize(result.device)
 
 
 def _stage(decoder: Decoder, layers: tuple[int, int], num_blocks: int, block_size: int) -> Stage:

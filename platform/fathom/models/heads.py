@@ -168,8 +168,10 @@ def build_exit_head(
                 f"the exit head is for hidden size {len(trained.norm)}, the model has "
                 f"{config.hidden_size}: use the head that was trained for this model"
             )
-        norm = trained.norm.to(decoder.dtype)
-        adapter = None if trained.adapter is None else trained.adapter.to(decoder.dtype)
+        norm = trained.norm.to(decoder.device, decoder.dtype)
+        adapter = (
+            None if trained.adapter is None else trained.adapter.to(decoder.device, decoder.dtype)
+        )
         if len(trained.token_ids):
             ranked = trained.token_ids
             if exit_vocab == 0:
@@ -181,7 +183,7 @@ def build_exit_head(
                 )
     if count == config.vocab_size:
         return ExitHead(decoder, norm, adapter, None, None)
-    token_ids = ranked[:count]
+    token_ids = ranked[:count].to(decoder.device)
     name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     shape = (config.vocab_size, config.hidden_size)
     rows = WeightFiles(model_dir).tensor(name, shape, decoder.dtype, decoder.device)[token_ids]
