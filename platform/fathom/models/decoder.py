@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fathom.models.config import ModelConfig
-from fathom.models.linear import Linear
+from fathom.models.linear import MIN_PACKED_ROWS, Linear
 from fathom.models.rope import RotaryEmbedding, rotate_
 
 Attend = Callable[[int, Tensor, Tensor], Tensor]
@@ -78,6 +78,7 @@ class Decoder:
         self.embedding = embedding
         self.norm = norm
         self.head = head
+        self._pads = bool(layers) and layers[0].qkv.packed
         self.rotary = RotaryEmbedding(
             config.rope_inv_freq, config.rope_attention_scaling, dtype, device
         )
@@ -132,14 +133,24 @@ class Decoder:
                 f"layers [{first}, {last}) asked of a decoder that holds "
                 f"[{self.first}, {self.last})"
             )
+        rows = len(hidden)
+        padding = self._padding(rows)
+        if padding:
+            hidden = F.pad(hidden, (0, 0, 0, padding))
+            positions = F.pad(positions, (0, padding))
         cos, sin = self.rotary(positions)
         for index in range(first, last):
-            hidden = self._layer(index, hidden, cos, sin, attend)
-        return hidden
+            hidden = self._layer(index, hidden, rows, cos, sin, attend)
+        return hidden[:rows] if padding else hidden
+
+    def _padding(self, rows: int) -> int:
+        """Rows of zeros that a pass is filled up with."""
+        return max(0, MIN_PACKED_ROWS - rows) if self._pads else 0
 
     def _layer(
-        self, index: int, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend
+        self, index: int, hidden: Tensor, rows: int, cos: Tensor, sin: Tensor, attend: Attend
     ) -> Tensor:
+        """One layer; ``rows`` of the rows are the batch's, the rest padding."""
         layer = self.layers[index - self.first]
         heads, rotated = self.config.num_heads, self.config.num_heads + self.config.num_kv_heads
 
@@ -149,7 +160,9 @@ class Decoder:
         if layer.qk_norm is not None:
             qk.copy_(self._rms_norm(qk, layer.qk_norm))
         rotate_(qk, cos, sin)
-        attended = attend(index, qkv[:, :heads], qkv[:, heads:])
+        attended = attend(index, qkv[:rows, :heads], qkv[:rows, heads:])
+        if rows < len(hidden):
+            attended = F.pad(attended, (0, 0, 0, len(hidden) - rows))
         hidden = layer.output(attended).add_(hidden)
 
         gate, up = layer.gate_up(self._rms_norm(hidden, layer.post_norm)).chunk(2, -1)
@@ -186,6 +199,9 @@ class Decoder:
         """
         if self.head is None:
             raise RuntimeError("this decoder was loaded without the head")
+        padding = self._padding(len(normed))
+        if padding:
+            return self.head(F.pad(normed, (0, 0, 0, padding)))[: len(normed)]
         return self.head(normed)
 
     def logits(self, hidden: Tensor) -> Tensor:
