@@ -13,8 +13,8 @@ _PACKING_ROWS = {torch.bfloat16: 1, torch.float32: 64}
 
 
 # oneDNN's kernels for fewer rows are slower than the one for this many: all linears of a 135M
-# model, one thread, 1 row alone or filled up to 4: float32 41 -> 35 ms, bfloat16 26 -> 24 ms. Rounding
-# then depends less on how many rows a pass happens to have, too.
+# model, one thread, 1 row alone or filled up to 4: float32 41 -> 35 ms, bfloat16 26 -> 24 ms.
+# Rounding then depends less on how many rows a pass happens to have, too.
 MIN_PACKED_ROWS = 4
 
 
