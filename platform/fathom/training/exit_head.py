@@ -86,15 +86,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def load_model(name: str, directory: Path) -> tuple[Any, Any]:
+def load_model(name: str) -> tuple[Any, Any]:
     """The model in bfloat16 and its tokenizer.
 
-    Args:
-        name: as the user gave it. directory: where ``resolve_model`` found it.
-
     Raises:
+        ModelError: when it can be neither found nor fetched.
         TrainingError: when it cannot be read, or has no chat template.
     """
+    directory = resolve_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
         # Eager attention: decoding a padded batch on CPU is about twice as fast as with SDPA.
@@ -115,8 +114,7 @@ def run(args: argparse.Namespace) -> None:
     if not set(candidates) <= set(args.layers):
         raise TrainingError(f"--train-layers {candidates} must be among --layers {args.layers}.")
     started = time.monotonic()
-    directory = resolve_model(args.model)
-    model, tokenizer = load_model(args.model, directory)
+    model, tokenizer = load_model(args.model)
     name = args.model_name or args.model
     settings = CollectSettings(
         model=name,
