@@ -136,7 +136,7 @@ class PagedAgainstContiguous(RuleBasedStateMachine):
 
 TestPagedAgainstContiguous = PagedAgainstContiguous.TestCase
 TestPagedAgainstContiguous.settings = settings(
-    max_examples=40, stateful_step_count=25, deadline=None
+    max_examples=25, stateful_step_count=25, deadline=None
 )
 
 

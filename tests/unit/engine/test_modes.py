@@ -92,7 +92,7 @@ policies = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     items=st.lists(st.tuples(prompts, policies, st.integers(1, 30)), min_size=1, max_size=6),
     others=st.lists(st.tuples(prompts, st.sampled_from(list(AcceptMode))), max_size=3),
@@ -168,7 +168,7 @@ class PaperAlgorithm:
         return ids, depths
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     items=st.lists(
         st.tuples(prompts, st.floats(0.0, 0.6), st.integers(1, 8)), min_size=1, max_size=5
@@ -294,7 +294,7 @@ def test_a_drafted_end_is_flushed_and_in_exact_verified(engine):
                     prompt,
                     ComputePolicy(mode=mode, policy=PolicyName.ALWAYS),
                     ignore_eos=False,
-                    max_tokens=200,
+                    max_tokens=60,
                 ),
             )
             if done.last.finish_reason is FinishReason.STOP:
