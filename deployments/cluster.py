@@ -20,6 +20,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.schema import LoggingConfig
 
+from deployments.proxy import CALLBACK, CALLBACK_VARIABLE
 from fathom.config import ConfigError, ServeConfig
 from fathom.models.resolve import resolve_model
 
@@ -132,6 +133,7 @@ def start_ray(cpus: int) -> None:
         ray.init(**common)
         return
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)  # Ray's processes inherit it
     umask = os.umask(0o077)
     try:
         ray.init(
