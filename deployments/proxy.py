@@ -1,9 +1,9 @@
 """What runs in Serve's HTTP proxy, before the application: the check of API keys.
 
 The application checks keys too, but Serve's proxy answers some paths (``/-/routes``,
-``/-/healthz``) by itself. Serve asks the function that ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH``
-names for middlewares; the variable must be set where Ray starts its processes, so ``start_ray``
-sets it, and an operator of a cluster sets it with ``FATHOM_API_KEY`` on every node.
+``/-/healthz``) by itself. Serve asks the function that ``CALLBACK_VARIABLE`` names for middlewares.
+It must be set where Ray starts its processes: ``start_ray`` sets it, and the operator of a cluster
+sets it on every node, with ``FATHOM_API_KEY``.
 """
 
 from __future__ import annotations

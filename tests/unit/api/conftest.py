@@ -6,11 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from starlette.testclient import TestClient
-from tokenizers import Tokenizer as RustTokenizer
-from tokenizers import decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fathom.api.app import create_app
 from fathom.api.auth import digest
@@ -21,41 +17,12 @@ from fathom.config import EngineConfig
 from fathom.engine.async_engine import AsyncEngine
 from fathom.models.tokenizer import Tokenizer, load_tokenizer
 from fathom.types import ComputePolicy
+from tests.tiny_models import tiny_model
+
+__all__ = ["tiny_model"]
 
 KEY = "unit-key"
 MODEL = "tiny"
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of four layers over bytes: vocabulary 0..255 and an end token, 256."""
-    path = tmp_path_factory.mktemp("tiny")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    rust = RustTokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
-    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    rust.decoder = decoders.ByteLevel()
-    hf = PreTrainedTokenizerFast(tokenizer_object=rust, eos_token="<|end|>")
-    hf.chat_template = TEMPLATE
-    hf.save_pretrained(path)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        eos_token_id=256,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="session")

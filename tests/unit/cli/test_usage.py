@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from fathom import __version__
-from tests.unit.cli.conftest import Fathom
+from tests.command_line import Fathom, fathom
+
+__all__ = ["fathom"]
 
 COMMANDS = ["serve", "generate", "pull", "bench engine", "doctor"]
 

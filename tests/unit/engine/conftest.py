@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 from fathom.config import EngineConfig
 from fathom.engine.build import assemble
@@ -17,6 +16,7 @@ from fathom.models.decoder import Decoder
 from fathom.models.heads import build_exit_head
 from fathom.models.load import load_decoder
 from fathom.types import ComputePolicy, Request, RequestOutput, SamplingParams
+from tests.tiny_models import save_random_llama
 
 EXIT_LAYER = 2
 NUM_LAYERS = 4
@@ -27,30 +27,9 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def save_random_model(directory: Path, vocab_size: int, scale: float = 0.25) -> Path:
-    """A random Llama whose exit layer and last layer agree often, but not always."""
-    torch.manual_seed(1)
-    config = transformers.LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=scale,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=False,
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    model.save_pretrained(directory)
-    return directory
-
-
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_model(tmp_path_factory.mktemp("tiny"), vocab_size=40)
+    return save_random_llama(tmp_path_factory.mktemp("tiny"), vocab_size=40)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from fathom.exits.confidence import softmax_gap
 from fathom.models.decoder import Decoder
 from fathom.models.load import load_decoder
 from fathom.types import AcceptMode, ComputePolicy, FinishReason, PolicyName
+from tests.tiny_models import save_random_llama
 from tests.unit.engine.conftest import (
     EXIT_LAYER,
     NUM_LAYERS,
@@ -25,7 +26,6 @@ from tests.unit.engine.conftest import (
     request,
     run,
     run_one,
-    save_random_model,
 )
 from tests.unit.reference_attention import ContiguousAttention
 
@@ -244,7 +244,7 @@ def test_rollback_keeps_drafts_within_tau_and_replaces_the_first_beyond(
 def test_exact_sampling_follows_the_full_models_distribution(tmp_path, exit_vocab):
     """Chi-square over all 3-token continuations; with an exit head over part of the vocabulary."""
     vocab, length, samples = 5, 3, 4000
-    directory = save_random_model(tmp_path, vocab, scale=0.4)
+    directory = save_random_llama(tmp_path, vocab_size=vocab, initializer_range=0.4)
     decoder = load_decoder(directory, dtype=torch.float32)
     engine = make_engine_of(decoder, directory, 2000, max_num_seqs=128, exit_vocab=exit_vocab)
     compute = ComputePolicy(

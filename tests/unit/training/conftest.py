@@ -19,8 +19,9 @@ from fathom.training.collect import CollectSettings, collect
 from fathom.training.exit_head import load_model
 from fathom.training.rows import join, load_rows, split_validation
 from fathom.training.train import TrainableHead, TrainSettings, fit_linear, train_head
+from tests.tiny_models import save_random_llama
 
-LAYER, NUM_LAYERS = 2, 4
+LAYER = 2
 SPECIAL = ["<unk>", "<s>", "</s>"]
 WORDS = [f"w{number}" for number in range(37)]
 VOCAB = len(SPECIAL) + len(WORDS)
@@ -45,24 +46,7 @@ def one_thread() -> None:
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(1)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.25,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=False,
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    # Norm weights of 1 would hide a norm that is left out.
-    torch.nn.init.uniform_(model.model.norm.weight, 0.5, 1.5)
-    model.save_pretrained(directory)
+    save_random_llama(directory, vocab_size=VOCAB)
     words = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({w: i for i, w in enumerate(SPECIAL + WORDS)}, "<unk>")
     )

@@ -21,7 +21,8 @@ from fathom.training.errors import TrainingError
 from fathom.training.evaluate import Costs, Drafts, draft, predict
 from fathom.training.rows import Rows, join, load_rows, split_validation
 from fathom.training.train import TrainableHead, agreement, loss_of, save_head
-from tests.unit.training.conftest import LAYER, NUM_LAYERS, SETTINGS, VOCAB
+from tests.tiny_models import TINY
+from tests.unit.training.conftest import LAYER, SETTINGS, VOCAB
 
 
 def agreement_of(head: TrainableHead, rows: Rows, trained: SimpleNamespace) -> float:
@@ -146,7 +147,7 @@ def test_a_folder_of_other_settings_is_refused(collected: Path, model: SimpleNam
 
 
 def test_a_layer_that_is_no_exit_is_refused(tmp_path: Path, model: SimpleNamespace) -> None:
-    other = dataclasses.replace(SETTINGS, layers=(NUM_LAYERS,))
+    other = dataclasses.replace(SETTINGS, layers=(TINY["num_hidden_layers"],))
     with pytest.raises(TrainingError, match="from 1 to 3"):
         collect(other, tmp_path, model.module, model.tokenizer)
 

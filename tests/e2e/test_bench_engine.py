@@ -7,10 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.api.conftest import tiny_model
-from tests.unit.cli.conftest import Fathom
-
-__all__ = ["tiny_model"]
+from tests.command_line import Fathom
 
 FIGURES = [
     "engine",

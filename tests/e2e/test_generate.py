@@ -15,10 +15,7 @@ from fathom.config import DEFAULT_MODEL
 from fathom.models.pull import pull
 from fathom.models.resolve import resolve_model
 from fathom.models.tokenizer import load_tokenizer
-from tests.unit.api.conftest import tiny_model
-from tests.unit.cli.conftest import COMMAND, Fathom, environment
-
-__all__ = ["tiny_model"]
+from tests.command_line import COMMAND, Fathom, environment
 
 PROMPTS = [
     {"prompt": "The capital of France is"},
