@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from fathom import __version__
-from fathom.commands import bench, doctor, generate, pull, serve
+from fathom.commands import bench, doctor, evaluate, generate, pull, serve, train
 from fathom.commands.options import HelpFormatter, UsageError
 from fathom.config import ConfigError
 from fathom.types import InvalidRequest
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fathom {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (serve, generate, pull, bench, doctor):
+    for module in (serve, generate, pull, bench, train, evaluate, doctor):
         module.add_parser(commands)
     return parser
 

@@ -31,12 +31,13 @@ class EngineConfig:
         dtype: of weights, activations and KV blocks.
         device: a torch device string.
         threads: torch intra-op threads of this process; 0 leaves torch's setting.
-        exit_layer: k, the number of shallow layers; 0 takes the packaged exit head's, or a third
-            of the model's layers where there is none.
-        exit_head: ``auto`` (packaged for this model, else the model's own norm and LM head),
-            ``shared`` (always the model's own), or the path of a trained head.
+        adapter: what was trained for early exits: ``auto`` (the default that ships for this
+            model, else none), ``none`` (the model's own norm and LM head), the name of one that
+            ships, or a path.
+        exit_layer: k, the number of shallow layers; 0 takes the adapter's, or a third of the
+            model's layers where there is none.
         exit_vocab: size of the frequency-ranked subset of the vocabulary that the exit head
-            scores; 0 takes the trained head's choice, -1 forces the whole vocabulary.
+            scores; 0 takes the adapter's choice, -1 forces the whole vocabulary.
         block_size: tokens a KV block.
         kv_cache_bytes: bytes of both stages' KV pools together.
         max_num_seqs: most sequences that run at once.
@@ -50,8 +51,8 @@ class EngineConfig:
     dtype: str = "bfloat16"
     device: str = "cpu"
     threads: int = 0
+    adapter: str = "auto"
     exit_layer: int = 0
-    exit_head: str = "auto"
     exit_vocab: int = 0
     block_size: int = 16
     kv_cache_bytes: int = 1 << 30

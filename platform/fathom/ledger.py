@@ -23,7 +23,7 @@ class ModelCosts:
         layer_params: matmul parameters of one layer.
         attention_width: heads * head_dim.
         kv_bytes: bytes of one token's keys and values in one layer.
-        exit_layer, num_layers: k and L.
+        exit_layer, num_layers: k and L. exit_layers: M, those of the shallow path alone.
         exit_head_params, lm_head_params: matmul parameters of the heads.
     """
 
@@ -32,8 +32,18 @@ class ModelCosts:
     kv_bytes: int
     exit_layer: int
     num_layers: int
+    exit_layers: int
     exit_head_params: int
     lm_head_params: int
+
+    def shallow_layers(self, *, drafts: bool) -> int:
+        """Layers of the shallow stage for a request; the exit layers serve drafts alone."""
+        return self.exit_layer + (self.exit_layers if drafts else 0)
+
+    @property
+    def deep_layers(self) -> int:
+        """Layers of the deep stage."""
+        return self.num_layers - self.exit_layer
 
 
 class Ledger:
@@ -44,7 +54,14 @@ class Ledger:
         self.total = ComputeUsage()
 
     def enter_rows(
-        self, page: ComputeUsage, *, start: int, rows: int, first_decision: int, deep: bool
+        self,
+        page: ComputeUsage,
+        *,
+        start: int,
+        rows: int,
+        first_decision: int,
+        layers: int,
+        deep: bool = False,
     ) -> None:
         """Enter one sequence's rows of one pass of a stage.
 
@@ -52,10 +69,9 @@ class Ledger:
             page: the request's page.
             start: position of the first row; rows: how many.
             first_decision: position of the sequence's first row that chooses a token.
-            deep: which stage.
+            layers: that each row passes. deep: whether they are the deep stage's.
         """
         c = self.costs
-        layers = c.num_layers - c.exit_layer if deep else c.exit_layer
         decisions = max(0, start + rows - max(start, first_decision))
         keys_seen = rows * start + rows * (rows + 1) // 2
         flops = layers * (2 * c.layer_params * rows + 4 * c.attention_width * keys_seen)

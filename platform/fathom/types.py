@@ -82,7 +82,7 @@ class SamplingParams:
     (``repetition_penalty`` follows transformers'), ``min_p`` follows vLLM's.
 
     Attributes:
-        max_tokens: most tokens to generate, >= 1.
+        max_tokens: most tokens to generate, >= 1; 0 with ``prompt_logprobs``, to score alone.
         min_tokens: EOS and stop token ids are masked until this many tokens exist.
         temperature: 0 is greedy; otherwise logits are divided by it. In [0, 2].
         top_p: nucleus mass in (0, 1]. top_k: keep the k best, 0 keeps all. min_p: keep tokens
@@ -94,6 +94,9 @@ class SamplingParams:
         ignore_eos: keep going past EOS.
         logprobs: number of top alternatives to report a token (0 reports the chosen token only);
             None reports none.
+        prompt_logprobs: number of top alternatives to report at every prompt position (0 reports
+            the prompt's own tokens only); None does not score the prompt. See
+            ``RequestOutput.prompt_tokens``.
         presence_penalty, frequency_penalty: in [-2, 2], over generated tokens.
         repetition_penalty: > 0, over prompt and generated tokens; 1 is off.
         logit_bias: added to the logits, token id -> bias in [-100, 100].
@@ -110,6 +113,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -121,7 +125,8 @@ class SamplingParams:
         Raises:
             InvalidRequest: naming the first field out of range, its value and the remedy.
         """
-        _check_int("max_tokens", self.max_tokens, 1, "an integer of at least 1")
+        fewest = 1 if self.prompt_logprobs is None else 0
+        _check_int("max_tokens", self.max_tokens, fewest, f"an integer of at least {fewest}")
         _check_int("min_tokens", self.min_tokens, 0, "an integer of at least 0")
         if self.min_tokens > self.max_tokens:
             raise InvalidRequest(
@@ -138,12 +143,14 @@ class SamplingParams:
         _check_range("repetition_penalty", self.repetition_penalty, 1e-3, 1e3, "a number above 0")
         if self.seed is not None:
             _check_int("seed", self.seed, -(2**63), "an integer")
-        if self.logprobs is not None:
-            _check_int("logprobs", self.logprobs, 0, "an integer from 0 to 20")
-            if self.logprobs > 20:
+        for name in ("logprobs", "prompt_logprobs"):
+            wanted = getattr(self, name)
+            if wanted is None:
+                continue
+            _check_int(name, wanted, 0, "an integer from 0 to 20")
+            if wanted > 20:
                 raise InvalidRequest(
-                    f"logprobs must be an integer from 0 to 20, got {self.logprobs}.",
-                    param="logprobs",
+                    f"{name} must be an integer from 0 to 20, got {wanted}.", param=name
                 )
         for text in self.stop:
             if not isinstance(text, str) or not text:
@@ -245,7 +252,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token.
+    """One generated token, or one of a prompt that was scored.
 
     Attributes:
         id: vocabulary index.
@@ -254,6 +261,7 @@ class Token:
         logprob: natural log of its probability under the distribution it was drawn from
             (temperature and filters not applied), when asked for. Modes ``full``, ``exact`` and
             ``rollback`` report the full model's; ``free`` reports the exit head's for drafts.
+            A prompt's tokens have the full model's in every mode, the first has none.
         top_logprobs: the best alternatives, token id -> logprob, best first.
     """
 
@@ -346,6 +354,9 @@ class RequestOutput:
 
     Attributes:
         index: which of the request's ``n`` completions.
+        prompt_tokens: the prompt, scored, one token each, at full depth whatever the mode; set
+            where ``prompt_logprobs`` asks for it, once, on the first output of completion 0.
+            None if that completion was cut short before.
         tokens: newly confirmed tokens, in order. text: the new text that is safe to show (text
             that may be the start of a stop string is held back).
         finish_reason: set on the last output of a completion, else None.
@@ -362,3 +373,4 @@ class RequestOutput:
     stop_reason: str | int | None = None
     error: str | None = None
     usage: Usage | None = None
+    prompt_tokens: list[Token] | None = None

@@ -26,6 +26,7 @@ def merge_outputs(outputs: list[RequestOutput]) -> list[RequestOutput]:
             stop_reason=out.stop_reason,
             error=out.error,
             usage=out.usage,
+            prompt_tokens=out.prompt_tokens if seen.prompt_tokens is None else seen.prompt_tokens,
         )
     return list(merged.values())
 

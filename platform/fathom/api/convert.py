@@ -96,12 +96,10 @@ def completion_requests(
     _check_response_format(body.response_format)
     if body.best_of is not None and body.best_of > 1:
         raise InvalidRequest("best_of above 1 is not supported; use n.", param="best_of")
-    if body.echo and body.logprobs is not None:
-        raise InvalidRequest(
-            "echo together with logprobs is not supported: prompt tokens are not scored. "
-            "Leave one of them out.",
-            param="echo",
-        )
+    prompt_logprobs = None
+    # With echo, logprobs are those of the prompt too, and the prompt alone may be asked for.
+    if body.echo and (body.logprobs is not None or body.max_tokens == 0):
+        prompt_logprobs = body.logprobs or 0
     return [
         _request(
             body,
@@ -115,6 +113,7 @@ def completion_requests(
             default_max_tokens=COMPLETION_MAX_TOKENS,
             logprobs=body.logprobs,
             logprobs_name="logprobs",
+            prompt_logprobs=prompt_logprobs,
         )
         for i, ids in enumerate(tokenize_prompts(body.prompt, tokenizer))
     ]
@@ -151,6 +150,7 @@ def _request(
     default_max_tokens: int,
     logprobs: int | None,
     logprobs_name: str,
+    prompt_logprobs: int | None = None,
 ) -> Request:
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options needs stream to be true.", param="stream_options")
@@ -181,6 +181,7 @@ def _request(
         stop_token_ids=_token_ids("stop_token_ids", body.stop_token_ids or (), info),
         ignore_eos=_or(body.ignore_eos, False),
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
         presence_penalty=_or(body.presence_penalty, 0.0),
         frequency_penalty=_or(body.frequency_penalty, 0.0),
         repetition_penalty=_or(body.repetition_penalty, 1.0),

@@ -19,6 +19,8 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
+    def token_bytes(self, token_id: int) -> bytes: ...
+
     def token_text(self, token_id: int) -> str: ...
 
     def apply_chat_template(self, messages: Sequence[Any]) -> list[int]: ...
@@ -43,6 +45,26 @@ def tokenize_prompts(
             f"prompt may hold at most {MAX_PROMPTS} prompts, got {len(prompt)}.", param="prompt"
         )
     return [tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompt]
+
+
+def prompt_offsets(ids: Sequence[int], text: str, tokenizer: Tokenizer) -> list[int]:
+    """Where each token of a prompt starts in the prompt's text, in characters.
+
+    A token that the text leaves out (the one that begins a sequence, say) takes no room in it. One
+    that starts inside a character has that character's offset.
+    """
+    characters = [i for i, character in enumerate(text) for _ in character.encode()]
+    characters.append(len(text))
+    data, at = text.encode(), 0
+    offsets: list[int] = []
+    for token in ids:
+        offsets.append(characters[at])
+        piece = tokenizer.token_bytes(token)
+        if not data.startswith(piece, at):
+            piece = piece.removeprefix(b" ")  # SentencePiece begins a text with a space
+        if data.startswith(piece, at):
+            at += len(piece)
+    return offsets
 
 
 def template_message(index: int, message: Message) -> dict[str, str]:

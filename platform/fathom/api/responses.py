@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fathom.api.prompts import Tokenizer
+from fathom.api.prompts import Tokenizer, prompt_offsets
 from fathom.types import FinishReason, Token
 
 MIN_LOGPROB = -9999.0  # JSON has no infinity
@@ -19,6 +19,7 @@ class Choice:
 
     Attributes:
         offset: characters of the completion before this news, for ``text_offset``.
+        prompt: the tokens of the prompt where they were scored, on a completion's first news.
     """
 
     index: int
@@ -27,6 +28,7 @@ class Choice:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     offset: int = 0
+    prompt: Sequence[Token] = ()
 
 
 class Dialect(Protocol):
@@ -45,8 +47,8 @@ class Dialect(Protocol):
         """An entry of ``choices`` of a chunk."""
         ...
 
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """An entry to send before the first token, if the protocol has one."""
+    def opening(self, choice: Choice) -> dict[str, Any] | None:
+        """An entry to send before the first news of a completion, if the protocol has one."""
         ...
 
     def envelope(
@@ -129,9 +131,9 @@ class ChatDialect:
         delta = {"content": choice.text} if choice.text else {}
         return self.style.entry(choice, delta=delta, logprobs=self._logprobs(choice))
 
-    def opening(self, index: int) -> dict[str, Any] | None:
+    def opening(self, choice: Choice) -> dict[str, Any] | None:
         delta = {"role": "assistant", "content": ""}
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def envelope(
         self, choices: list[dict[str, Any]], *, chunk: bool, usage: dict[str, Any] | None = None
@@ -167,46 +169,65 @@ class CompletionDialect:
         return self.style.detailed
 
     def whole(self, choice: Choice) -> dict[str, Any]:
-        text = choice.text
-        if self.style.echo:
-            text = self.style.echo[choice.index // self.style.n] + text
-        return self.style.entry(choice, text=text, logprobs=self._logprobs(choice))
+        text = self._prompt_text(choice) + choice.text
+        logprobs = self._logprobs(choice.prompt, choice)
+        return self.style.entry(choice, text=text, logprobs=logprobs)
 
     def delta(self, choice: Choice) -> dict[str, Any]:
-        return self.style.entry(choice, text=choice.text, logprobs=self._logprobs(choice))
+        return self.style.entry(choice, text=choice.text, logprobs=self._logprobs((), choice))
 
-    def opening(self, index: int) -> dict[str, Any] | None:
+    def opening(self, choice: Choice) -> dict[str, Any] | None:
         if not self.style.echo:
             return None
-        prompt = self.style.echo[index // self.style.n]
-        return {"index": index, "text": prompt, "logprobs": None, "finish_reason": None}
+        return {
+            "index": choice.index,
+            "text": self._prompt_text(choice),
+            "logprobs": self._logprobs(choice.prompt, Choice(choice.index)),
+            "finish_reason": None,
+        }
 
     def envelope(
         self, choices: list[dict[str, Any]], *, chunk: bool, usage: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         return self.style.envelope("text_completion", choices, usage)
 
-    def _logprobs(self, choice: Choice) -> dict[str, Any] | None:
+    def _prompt_text(self, choice: Choice) -> str:
+        """The prompt as it is to be repeated, or nothing."""
+        return self.style.echo[choice.index // self.style.n] if self.style.echo else ""
+
+    def _logprobs(self, prompt: Sequence[Token], choice: Choice) -> dict[str, Any] | None:
+        """What is told of tokens: ``prompt``'s, then the completion's in ``choice``."""
         if not self.style.logprobs:
             return None
-        texts, tops, offsets, offset = [], [], [], choice.offset
-        for token in choice.tokens:
-            text = self.style.tokenizer.token_text(token.id)
-            texts.append(text)
+        tokens = [*prompt, *choice.tokens]
+        texts = [self.style.tokenizer.token_text(token.id) for token in tokens]
+        offsets = self._prompt_offsets(prompt, choice)
+        offset = len(self._prompt_text(choice)) + choice.offset
+        for text in texts[len(prompt) :]:
             offsets.append(offset)
             offset += len(text)
-            top: dict[str, float | None] = {}
-            for i, logprob in (token.top_logprobs or {}).items():
-                # Different tokens can show the same text; the best one stays.
-                top.setdefault(self.style.tokenizer.token_text(i), _finite(logprob))
-            top.setdefault(text, _finite(token.logprob))
-            tops.append(top)
         return {
             "tokens": texts,
-            "token_logprobs": [_finite(token.logprob) for token in choice.tokens],
-            "top_logprobs": tops,
+            "token_logprobs": [_finite(token.logprob) for token in tokens],
+            "top_logprobs": [self._top(t, text) for t, text in zip(tokens, texts, strict=True)],
             "text_offset": offsets,
         }
+
+    def _prompt_offsets(self, prompt: Sequence[Token], choice: Choice) -> list[int]:
+        if not prompt:
+            return []
+        ids = [token.id for token in prompt]
+        return prompt_offsets(ids, self._prompt_text(choice), self.style.tokenizer)
+
+    def _top(self, token: Token, text: str) -> dict[str, float | None] | None:
+        if token.logprob is None:  # the first of a prompt: nothing predicts it
+            return None
+        top: dict[str, float | None] = {}
+        for i, logprob in (token.top_logprobs or {}).items():
+            # Different tokens can show the same text; the best one stays.
+            top.setdefault(self.style.tokenizer.token_text(i), _finite(logprob))
+        top.setdefault(text, _finite(token.logprob))
+        return top
 
 
 def _finite(logprob: float | None) -> float | None:

@@ -11,7 +11,7 @@ from fathom.api.fanout import interleave
 from fathom.api.responses import Choice
 from fathom.api.schemas import ComputeOptions
 from fathom.observability.metrics import RequestTimer
-from fathom.types import InvalidRequest, Request, RequestOutput, Usage
+from fathom.types import InvalidRequest, Request, RequestOutput, Token, Usage
 
 
 class Run:
@@ -26,6 +26,7 @@ class Run:
         self._requests = requests
         self._timer = timer
         self._offsets: dict[int, int] = {}
+        self._scored: dict[int, list[Token]] = {}  # prompt -> its tokens
         self.usages: dict[tuple[int, int], Usage] = {}
 
     async def batches(self) -> AsyncGenerator[list[Choice], None]:
@@ -62,6 +63,9 @@ class Run:
         failure = failure_of(out)
         if failure is not None:
             raise failure
+        if out.prompt_tokens is not None:
+            self._scored[prompt] = out.prompt_tokens
+        is_first = index not in self._offsets
         offset = self._offsets.get(index, 0)
         self._offsets[index] = offset + len(out.text)
         return Choice(
@@ -71,6 +75,8 @@ class Run:
             finish_reason=out.finish_reason,
             stop_reason=out.stop_reason,
             offset=offset,
+            # Completion 0 has the scores on its first output, which comes before all others'.
+            prompt=self._scored.get(prompt, ()) if is_first else (),
         )
 
 

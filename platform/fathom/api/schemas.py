@@ -130,7 +130,11 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Text | list[Text] | list[int] | list[list[int]]
     logprobs: int | None = None
-    echo: bool | None = None
+    echo: bool | None = Field(
+        None,
+        description="Begin the text with the prompt. With `logprobs` its tokens are scored too, by "
+        "all layers; `max_tokens` may then be 0.",
+    )
     # Refused with a clear error when they ask for anything.
     best_of: int | None = None
     suffix: Text | None = None

@@ -170,7 +170,7 @@ async def _collect(
     batch: list[Choice] | None = first
     while batch is not None:
         for news in batch:
-            whole = choices.setdefault(news.index, Choice(news.index))
+            whole = choices.setdefault(news.index, Choice(news.index, prompt=news.prompt))
             whole.text += news.text
             whole.tokens.extend(news.tokens)
             whole.finish_reason = news.finish_reason
@@ -197,11 +197,11 @@ async def _events(
             body["usage"] = None
         return event(body)
 
-    def opening(index: int) -> str:
-        if index in opened:
+    def opening(news: Choice) -> str:
+        if news.index in opened:
             return ""
-        opened.add(index)
-        entry = dialect.opening(index)
+        opened.add(news.index)
+        entry = dialect.opening(news)
         return "" if entry is None else chunk(entry)
 
     try:
@@ -209,7 +209,7 @@ async def _events(
             while batch is not None:
                 events = ""
                 for news in batch:
-                    events += opening(news.index)
+                    events += opening(news)
                     if _tells(news, dialect.detailed):
                         events += chunk(dialect.delta(news))
                 if events:

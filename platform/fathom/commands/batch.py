@@ -27,6 +27,7 @@ def run_batch(
     *,
     total: int,
     notes: Console,
+    domains: Mapping[int, str] | None = None,
 ) -> int:
     """Run requests to their end; returns how many of them failed.
 
@@ -35,6 +36,7 @@ def run_batch(
         results: where each result goes; None prints them in order on standard output.
         total: number of prompts, those of an earlier, resumed job included.
         notes: where progress and the summary go.
+        domains: what to note in each result as ``domain``, by place.
     """
     completions = {index: Completion() for index in requests}
     printer = _InOrder(sorted(requests))
@@ -54,6 +56,8 @@ def run_batch(
                 if completion.finish_reason is None:
                     continue
                 record = completion.record(requests[index].prompt_token_ids)
+                if domains is not None:
+                    record["domain"] = domains[index]
                 failed += completion.finish_reason is FinishReason.ERROR
                 if results is not None:
                     results.add(index, record)

@@ -210,7 +210,7 @@ def _job(
     content = json.dumps([(prompt.text, prompt.messages) for prompt in prompts])
     engine = {
         name: getattr(config, name)
-        for name in ("model", "dtype", "exit_layer", "exit_head", "exit_vocab")
+        for name in ("model", "dtype", "adapter", "exit_layer", "exit_vocab")
     }
     return {
         "prompts_sha256": hashlib.sha256(content.encode()).hexdigest(),

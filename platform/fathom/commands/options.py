@@ -50,16 +50,19 @@ def add_engine_options(parser: argparse.ArgumentParser, *, threads: bool = True)
     if threads:
         group.add_argument("--threads", type=int, help="torch threads; 0: torch's own choice")
     group.add_argument(
-        "--exit-layer", type=int, metavar="K", help="layers of the shallow stage; 0: the head's own"
+        "--adapter",
+        metavar="NAME|DIR",
+        help="what was trained for early exits: auto (the model's own default), none, the name "
+        "of one that ships, or a folder",
     )
     group.add_argument(
-        "--exit-head", metavar="HEAD", help="auto, shared (the model's own), or a trained head"
+        "--exit-layer", type=int, metavar="K", help="layers of the shallow stage; 0: the adapter's"
     )
     group.add_argument(
         "--exit-vocab",
         type=int,
         metavar="N",
-        help="frequency-ranked tokens that the exit head scores; 0: the head's own, -1: all",
+        help="frequency-ranked tokens that the exit head scores; 0: the adapter's, -1: all",
     )
     group.add_argument("--max-num-seqs", type=int, metavar="N", help="most sequences at once")
     group.add_argument("--max-model-len", type=int, metavar="N", help="longest prompt + answer")

@@ -18,12 +18,13 @@ class Prompt:
     """One line of a prompt file: raw text, or messages for the model's chat template.
 
     Attributes:
-        where: ``file:line``, for error messages.
+        where: ``file:line``, for error messages. domain: the line's own, for figures by domain.
     """
 
     where: str
     text: str | None = None
     messages: tuple[dict[str, str], ...] | None = None
+    domain: str = ""
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -56,11 +57,12 @@ def _parse(line: str, where: str) -> Prompt:
         raise UsageError(f"{where}: must be an object, got {type(value).__name__}; {_FORM}.")
     if ("prompt" in value) == ("messages" in value):
         raise UsageError(f'{where}: needs either "prompt" or "messages"; {_FORM}.')
+    domain = str(value.get("domain", ""))
     if "prompt" in value:
         text = value["prompt"]
         if not isinstance(text, str) or not text:
             raise UsageError(f'{where}: "prompt" must be a non-empty string; {_FORM}.')
-        return Prompt(where, text=text)
+        return Prompt(where, text=text, domain=domain)
     messages = value["messages"]
     if not isinstance(messages, list) or not messages:
         raise UsageError(f'{where}: "messages" must be a non-empty list; {_FORM}.')
@@ -68,7 +70,7 @@ def _parse(line: str, where: str) -> Prompt:
         fields = [message.get(k) for k in ("role", "content")] if isinstance(message, dict) else []
         if not fields or not all(isinstance(field, str) for field in fields):
             raise UsageError(f'{where}: a message needs "role" and "content", both text; {_FORM}.')
-    return Prompt(where, messages=tuple(messages))
+    return Prompt(where, messages=tuple(messages), domain=domain)
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> tuple[int, ...]:

@@ -23,15 +23,10 @@ from fathom.engine.shallow import ShallowStage
 from fathom.engine.stage import Stage
 from fathom.kvstore.keys import KeyRoot
 from fathom.ledger import Ledger, ModelCosts
+from fathom.models.adapters import Adapter, find_adapter
 from fathom.models.decoder import Decoder
-from fathom.models.heads import (
-    ExitHead,
-    TrainedHead,
-    build_exit_head,
-    packaged_head,
-    read_trained_head,
-)
-from fathom.models.load import load_decoder, resolve_model, weights_digest
+from fathom.models.heads import ExitHead, build_exit_head
+from fathom.models.load import load_decoder, load_exit_layers, resolve_model, weights_digest
 from fathom.models.tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer
 
 _PROBE_CONTEXT = 64
@@ -62,18 +57,19 @@ def build_engine(
     dtype = getattr(torch, config.dtype)
     directory = resolve_model(config.model)
     digest = weights_digest(directory)
-    decoder = load_decoder(directory, dtype=dtype, device=config.device)
+    adapter = _adapter(config, digest)
+    decoder = load_decoder(directory, dtype=dtype, device=config.device, adapter=adapter)
     # Equal weights under another shape (RoPE scaling, norm epsilon) are another model.
     shape = hashlib.sha256(repr(decoder.config).encode()).hexdigest()
-    trained = _trained_head(config, digest)
-    head = build_exit_head(decoder, directory, trained, config.exit_vocab)
+    head = build_exit_head(decoder, directory, adapter, config.exit_vocab)
     tokenizer = load_tokenizer(directory)
     _return_freed_memory()
     return assemble(
         config,
         decoder,
         head,
-        exit_layer=_exit_layer(config, decoder, trained),
+        exit_layer=_exit_layer(config, decoder, adapter),
+        adapter=adapter,
         weights_digest=f"{digest}-{shape}",
         tokenizer=tokenizer,
         wrap_deep=wrap_deep,
@@ -87,18 +83,26 @@ def assemble(
     *,
     exit_layer: int,
     weights_digest: str,
+    adapter: Adapter | None = None,
     tokenizer: Tokenizer | None = None,
     wrap_deep: Callable[[LocalDeepStage], DeepStage] = lambda deep: deep,
 ) -> Engine:
     """Put an engine together from loaded parts.
+
+    Args:
+        adapter: the one whose changes ``decoder`` and ``head`` already have; its exit layers are
+            taken from it here.
 
     Raises:
         ConfigError: if the KV pools would be too small.
     """
     model = decoder.config
     split = ((0, exit_layer), (exit_layer, model.num_layers))
-    num_blocks = _num_blocks(config, decoder)
-    shallow, deep = (_stage(decoder, layers, num_blocks, config.block_size) for layers in split)
+    exit_layers = load_exit_layers(decoder, adapter) if adapter else None
+    num_exit_layers = len(exit_layers.layers) if exit_layers else 0
+    num_blocks = _num_blocks(config, decoder, num_exit_layers)
+    shallow = _stage(decoder, split[0], num_blocks, config.block_size, exit_layers)
+    deep = _stage(decoder, split[1], num_blocks, config.block_size)
     max_model_len = _max_model_len(config, model.max_position, num_blocks)
     ledger = Ledger(
         ModelCosts(
@@ -107,20 +111,27 @@ def assemble(
             kv_bytes=2 * model.num_kv_heads * model.head_dim * decoder.dtype.itemsize,
             exit_layer=exit_layer,
             num_layers=model.num_layers,
+            exit_layers=num_exit_layers,
             exit_head_params=head.num_params,
             lm_head_params=decoder.head_params,
         )
     )
     costs = measure_stage_costs(
-        decoder, head, exit_layer, config.block_size, config.max_num_batched_tokens
+        decoder, head, exit_layer, config.block_size, config.max_num_batched_tokens, exit_layers
     )
     deep_stage = wrap_deep(LocalDeepStage(deep))
 
-    def roots(salt: str) -> tuple[KeyRoot, KeyRoot]:
-        shallow_root, deep_root = (
-            KeyRoot(weights_digest, "", first, last, config.dtype, salt) for first, last in split
+    def roots(salt: str, drafts: bool) -> tuple[KeyRoot, KeyRoot]:
+        identity = adapter.digest if adapter else ""
+        # Low-rank changes touch every block. Exit layers touch those of the shallow stage, and
+        # have keys and values only where a request drafts.
+        deep_adapter = identity if adapter and adapter.changes_model else ""
+        shallow_adapter = identity if drafts and exit_layers else deep_adapter
+        (a, b), (c, d) = split
+        return (
+            KeyRoot(weights_digest, shallow_adapter, a, b, config.dtype, salt),
+            KeyRoot(weights_digest, deep_adapter, c, d, config.dtype, salt),
         )
-        return shallow_root, deep_root
 
     scheduler = Scheduler(
         shallow=shallow.cache,
@@ -134,7 +145,9 @@ def assemble(
     info = EngineInfo(
         model=config.model,
         num_layers=model.num_layers,
+        adapter=adapter.metadata.get("name", config.adapter) if adapter else "",
         exit_layer=exit_layer,
+        exit_depth=exit_layer + num_exit_layers,
         exit_vocab=model.vocab_size if head.token_ids is None else len(head.token_ids),
         vocab_size=model.vocab_size,
         max_model_len=max_model_len,
@@ -157,7 +170,12 @@ def assemble(
 
 
 def measure_stage_costs(
-    decoder: Decoder, head: ExitHead, exit_layer: int, block_size: int, max_rows: int
+    decoder: Decoder,
+    head: ExitHead,
+    exit_layer: int,
+    block_size: int,
+    max_rows: int,
+    exit_layers: Decoder | None = None,
 ) -> StageCosts:
     """Time both stages at a few row counts, spread over up to 8 sequences with a short context."""
     counts = tuple(rows for rows in PROBE_ROWS if rows <= max_rows)
@@ -168,9 +186,10 @@ def measure_stage_costs(
     # A pool of its own: the serving pool may be smaller, and stays untouched.
     num_blocks = 1 + _PROBE_SEQUENCES * -(-longest // block_size)
     split = ((0, exit_layer), (exit_layer, decoder.config.num_layers))
-    shallow, deep = (_stage(decoder, layers, num_blocks, block_size) for layers in split)
+    shallow = _stage(decoder, split[0], num_blocks, block_size, exit_layers)
+    deep = _stage(decoder, split[1], num_blocks, block_size)
 
-    def run(stage: Stage, rows: int) -> torch.Tensor:
+    def run(stage: Stage, rows: int, *, to_exit: bool = False) -> torch.Tensor:
         sequences = min(rows, _PROBE_SEQUENCES)
         per_sequence = rows // sequences
         batch = []
@@ -179,10 +198,14 @@ def measure_stage_costs(
                 stage.cache.open(seq_id)
             stage.cache.grow(seq_id, _PROBE_CONTEXT + per_sequence)
             batch.append(SequenceRows(seq_id, _PROBE_CONTEXT, per_sequence))
-        return stage.run(batch, hidden[:rows])
+        own = stage.plan(batch)
+        out = stage.run(own, hidden[:rows])
+        return stage.run_exit_layers(own, out) if to_exit else out
 
     return StageCosts(
-        shallow=CostCurve.measure(lambda rows: _finish(head.logits(run(shallow, rows))), counts),
+        shallow=CostCurve.measure(
+            lambda rows: _finish(head.logits(run(shallow, rows, to_exit=True))), counts
+        ),
         shallow_full=CostCurve.measure(lambda rows: _finish(run(shallow, rows)), counts),
         deep=CostCurve.measure(lambda rows: _finish(decoder.logits(run(deep, rows))), counts),
     )
@@ -194,11 +217,17 @@ def _finish(result: torch.Tensor) -> None:
         torch.cuda.synchronize(result.device)
 
 
-def _stage(decoder: Decoder, layers: tuple[int, int], num_blocks: int, block_size: int) -> Stage:
+def _stage(
+    decoder: Decoder,
+    layers: tuple[int, int],
+    num_blocks: int,
+    block_size: int,
+    exit_layers: Decoder | None = None,
+) -> Stage:
     """A stage with a pool of its own."""
     first, last = layers
     cache = PagedKVCache(
-        num_layers=last - first,
+        num_layers=last - first + (len(exit_layers.layers) if exit_layers else 0),
         num_kv_heads=decoder.config.num_kv_heads,
         head_dim=decoder.config.head_dim,
         num_blocks=num_blocks,
@@ -206,7 +235,7 @@ def _stage(decoder: Decoder, layers: tuple[int, int], num_blocks: int, block_siz
         dtype=decoder.dtype,
         device=decoder.device,
     )
-    return Stage(decoder, first, last, cache, SdpaBackend())
+    return Stage(decoder, first, last, cache, SdpaBackend(), exit_layers)
 
 
 def _return_freed_memory() -> None:
@@ -215,35 +244,37 @@ def _return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _trained_head(config: EngineConfig, digest: str) -> TrainedHead | None:
-    if config.exit_head == "shared":
+def _adapter(config: EngineConfig, digest: str) -> Adapter | None:
+    adapter = find_adapter(config.adapter, config.model, digest)
+    # An adapter reads the layer that it was trained on.
+    if config.adapter == "auto" and adapter and config.exit_layer not in (0, adapter.exit_layer):
         return None
-    if config.exit_head != "auto":
-        return read_trained_head(config.exit_head)[0]
-    path = packaged_head(config.model, digest)
-    head = read_trained_head(path)[0] if path else None
-    # A head reads the layer that it was trained on.
-    return head if head and config.exit_layer in (0, head.exit_layer) else None
+    return adapter
 
 
-def _exit_layer(config: EngineConfig, decoder: Decoder, trained: TrainedHead | None) -> int:
+def _exit_layer(config: EngineConfig, decoder: Decoder, adapter: Adapter | None) -> int:
     num_layers = decoder.config.num_layers
-    layer = config.exit_layer or (trained.exit_layer if trained else max(1, num_layers // 3))
+    if adapter and adapter.exit_layer + adapter.exit_layers >= num_layers:
+        raise ConfigError(
+            f"adapter: its exit is {adapter.exit_layer + adapter.exit_layers} layers deep, the "
+            f"model has {num_layers}: use the adapter that was trained for this model."
+        )
+    layer = config.exit_layer or (adapter.exit_layer if adapter else max(1, num_layers // 3))
     if not 1 <= layer < num_layers:
         raise ConfigError(f"exit_layer must be from 1 to {num_layers - 1}, got {layer}.")
-    if trained and trained.exit_layer != layer:
+    if adapter and adapter.exit_layer != layer:
         raise ConfigError(
-            f"exit_layer must be {trained.exit_layer}, the layer that the exit head was trained "
-            f"on, got {layer}; exit_head: shared works at every layer."
+            f"exit_layer must be {adapter.exit_layer}, the layer that the adapter was trained on, "
+            f"got {layer}; adapter: none works at every layer."
         )
     return layer
 
 
-def _num_blocks(config: EngineConfig, decoder: Decoder) -> int:
+def _num_blocks(config: EngineConfig, decoder: Decoder, num_exit_layers: int) -> int:
     """Blocks of each stage's pool, as many as the memory holds."""
     model = decoder.config
     shape = (model.num_kv_heads, model.head_dim, config.block_size, decoder.dtype)
-    block_bytes = PagedKVCache.block_bytes(model.num_layers, *shape)
+    block_bytes = PagedKVCache.block_bytes(model.num_layers + num_exit_layers, *shape)
     num_blocks = config.kv_cache_bytes // block_bytes
     if num_blocks < _MIN_BLOCKS:
         raise ConfigError(

@@ -95,7 +95,7 @@ class LocalDeepStage:
 
     def _logits(self, items: Sequence[FlushItem]) -> torch.Tensor:
         hidden = items[0].hidden if len(items) == 1 else torch.cat([i.hidden for i in items])
-        out = self._stage.run([item.rows for item in items], hidden)
+        out = self._stage.run(self._stage.plan([item.rows for item in items]), hidden)
         wanted: list[int] = []
         row = 0
         for item in items:

@@ -6,6 +6,7 @@ import math
 import time
 from collections import deque
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 import torch
 
@@ -29,6 +30,26 @@ from fathom.types import (
     Request,
     RequestOutput,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class _Away:
+    """A sequence's part in a flush that is away.
+
+    Attributes:
+        rows: of its stack that went. scored: outputs that score prompt tokens, before those for
+            decisions.
+    """
+
+    seq: Sequence
+    rows: int
+    scored: int
+    decisions: int
+
+    @property
+    def outputs(self) -> int:
+        """Rows of logits that come back."""
+        return self.scored + self.decisions
 
 
 class Engine:
@@ -62,7 +83,7 @@ class Engine:
         self._scheduler = scheduler
         self._new_detokenizer = new_detokenizer
         self._flush_rule = FlushRule(stage_costs)
-        self._away: deque[tuple[Future[FlushResult], list[tuple[Sequence, int, int]]]] = deque()
+        self._away: deque[tuple[Future[FlushResult], list[_Away]]] = deque()
         self._live: dict[str, list[Sequence]] = {}
         self._next_seq_id = 0
         self._outputs: list[RequestOutput] = []
@@ -186,7 +207,7 @@ class Engine:
                 continue
             if seq.request.compute.mode is AcceptMode.FREE:
                 assert logits is not None
-                confirm(seq, decision.token, self.info.exit_layer, logits, self.ledger)
+                confirm(seq, decision.token, self.info.exit_depth, logits, self.ledger)
             # The end of the text, as drafted, goes to the deep stage at once.
             if seq.finish_reason or self._may_end(seq, decision.token):
                 seq.waiting = True
@@ -209,24 +230,29 @@ class Engine:
             return False
         self._flush_rule.flushed()
         items: list[FlushItem] = []
-        away: list[tuple[Sequence, int, int]] = []
+        away: list[_Away] = []
         for seq, rows in chosen:
             stack = seq.stack[0] if len(seq.stack) == 1 else torch.cat(seq.stack)
             whole = rows == len(stack)
-            outputs = len(seq.pending) if whole else 0
+            decisions = len(seq.pending) if whole else 0
+            # A prompt that is not scored yet has no row between its last one scored and the
+            # first decision, so both together are the item's last rows.
+            scored = seq.prompt_rows_due(seq.deep_len, rows)
+            outputs = scored + decisions
             seq.stack = [] if whole else [stack[rows:]]
             items.append(FlushItem(seq.seq_id, seq.deep_len, stack[:rows], outputs))
-            away.append((seq, rows, outputs))
+            away.append(_Away(seq, rows, scored, decisions))
             seq.in_flight = True
             self.ledger.enter_rows(
                 seq.compute,
                 start=seq.deep_len,
                 rows=rows,
                 first_decision=seq.num_prompt - 1,
+                layers=self.ledger.costs.deep_layers,
                 deep=True,
             )
             self.ledger.enter_lm_head(seq.compute, outputs)
-        self.ledger.enter_flush([seq.compute for seq, _, _ in away])
+        self.ledger.enter_flush([item.seq.compute for item in away])
         self._away.append((self._deep.flush(items), away))
         return True
 
@@ -240,34 +266,49 @@ class Engine:
                 # One reduction serves all greedy choices, and shows what is not finite.
                 best, argmax = (values.tolist() for values in logits.max(dim=-1))
             except Exception as error:  # a deep stage that failed ends its requests, not the engine
-                for seq, _, _ in away:
-                    seq.in_flight = False
-                    self._end(seq, FinishReason.ERROR, f"the deep stage failed: {error}")
+                for item in away:
+                    item.seq.in_flight = False
+                    self._end(item.seq, FinishReason.ERROR, f"the deep stage failed: {error}")
                 continue
             row = 0
-            for seq, rows, outputs in away:
-                seq.in_flight = False
-                seq.deep_len += rows
-                if seq.finish_reason in (FinishReason.CANCELLED, FinishReason.DEADLINE):
-                    self._retire(seq)
-                elif outputs:
-                    own = slice(row, row + outputs)
-                    self._accept(seq, logits[own], best[own], argmax[own])
-                row += outputs
+            for item in away:
+                item.seq.in_flight = False
+                item.seq.deep_len += item.rows
+                own = slice(row, row + item.outputs)
+                row += item.outputs
+                if item.seq.finish_reason in (FinishReason.CANCELLED, FinishReason.DEADLINE):
+                    self._retire(item.seq)
+                elif item.outputs:
+                    self._take_in(item, logits[own], best[own], argmax[own])
+
+    def _take_in(
+        self, item: _Away, logits: torch.Tensor, best: list[float], argmax: list[int]
+    ) -> None:
+        """Take in the answer to one sequence: the prompt's scores, then decisions.
+
+        Args:
+            logits: [item.outputs, vocabulary]. best, argmax: of each row; a NaN counts as the
+                largest, so ``best`` is finite iff the row holds neither NaN nor +inf.
+        """
+        if not all(map(math.isfinite, best)):
+            self._end(item.seq, FinishReason.ERROR, "the model's logits are not finite")
+            return
+        scored = item.scored
+        if scored and item.seq.scores is not None:
+            item.seq.scores.add(logits[:scored])
+        if item.decisions:
+            self._accept(item.seq, logits[scored:], argmax[scored:])
 
     # Accept
 
-    def _accept(
-        self, seq: Sequence, logits: torch.Tensor, best: list[float], argmax: list[int]
-    ) -> None:
+    def _accept(self, seq: Sequence, logits: torch.Tensor, argmax: list[int]) -> None:
         """Apply the accept mode to the pending decisions of one sequence.
 
         Args:
-            logits: [pending decisions, vocabulary]. best, argmax: of each row; a NaN counts as
-                the largest, so ``best`` is finite iff the row holds neither NaN nor +inf.
+            logits: [pending decisions, vocabulary], finite. argmax: of each row.
         """
-        if not all(map(math.isfinite, best)):
-            self._end(seq, FinishReason.ERROR, "the model's logits are not finite")
+        if not seq.max_tokens:
+            self._end_scored(seq)
             return
         compute, params = seq.request.compute, seq.request.sampling
         pending, seq.pending = seq.pending, []
@@ -301,7 +342,7 @@ class Engine:
             if not verdict.kept:
                 seq.tokens.append(verdict.token)
             if compute.holds_drafts or not drafted:
-                depth = self.info.exit_layer if verdict.kept else self.info.num_layers
+                depth = self.info.exit_depth if verdict.kept else self.info.num_layers
                 confirm(seq, verdict.token, depth, row, self.ledger)
             if (drafted and not verdict.kept) or (compute.holds_drafts and seq.finish_reason):
                 break
@@ -349,6 +390,12 @@ class Engine:
         seq.finish_reason, seq.error = reason, error
         if not seq.in_flight:  # else when its flush is back
             self._retire(seq)
+
+    def _end_scored(self, seq: Sequence) -> None:
+        """End a request that wanted its prompt scored and no tokens."""
+        self._scheduler.publish(seq)
+        for member in list(self._live[seq.request.request_id]):  # the first reports the scores
+            self._end(member, FinishReason.LENGTH)
 
     def _retire(self, seq: Sequence) -> None:
         """Give back what a completion held and report its end."""

@@ -10,13 +10,18 @@ class EngineInfo:
     """What an engine runs.
 
     Attributes:
-        model: as configured. exit_layer: k. num_layers: L. exit_vocab: tokens that the exit head
-            scores. num_blocks: KV blocks of each stage. block_size: tokens a block.
+        model: as configured. adapter: its name, empty for none. num_layers: L.
+        exit_layer: k, where the stages part. exit_depth: layers behind a drafted token, the
+            shallow stage's own exit layers included.
+        exit_vocab: tokens that the exit head scores. num_blocks: KV blocks of each stage.
+        block_size: tokens a block.
     """
 
     model: str
+    adapter: str
     num_layers: int
     exit_layer: int
+    exit_depth: int
     exit_vocab: int
     vocab_size: int
     max_model_len: int

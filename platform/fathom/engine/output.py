@@ -38,14 +38,21 @@ def confirm(seq: Sequence, token: int, depth: int, logits: torch.Tensor, ledger:
 def take_output(seq: Sequence, *, ended: bool) -> RequestOutput | None:
     """What is new of a completion since the last call; None if nothing is.
 
+    Nothing leaves before the prompt is scored, where that is asked for: in mode ``free`` tokens
+    can be final earlier, but who reads them wants the prompt's first.
+
     Args:
         ended: this is its last output, which carries the reason and the usage.
     """
+    if seq.scores is not None and not (seq.scores.complete or ended):
+        return None
     text = seq.text.take()
     if not (seq.new_tokens or text or ended):
         return None
     output = RequestOutput(seq.request.request_id, seq.index, seq.new_tokens, text)
     seq.new_tokens = []
+    if seq.scores is not None:
+        output.prompt_tokens = seq.scores.take()
     if ended:
         output.finish_reason = seq.finish_reason
         output.stop_reason = seq.stop_reason

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 
 from fathom.engine.info import EngineInfo
+from fathom.engine.scoring import PromptScores
 from fathom.engine.sequence import Sequence
 from fathom.engine.text import DetokenizerFactory, TextStream
 from fathom.types import InvalidRequest, Request
@@ -68,7 +69,7 @@ def new_sequences(
     """The request's ``n`` completions; the first is the parent that the others fork from.
 
     ``max_tokens`` ends at the longest sequence that the model and the pool allow. A request
-    without a seed gets one that no other has.
+    without a seed gets one that no other has. Only the first scores the prompt.
     """
     params = request.sampling
     seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -87,6 +88,10 @@ def new_sequences(
         for index in range(request.n)
     ]
     parent, *children = sequences
+    if params.prompt_logprobs is not None:
+        parent.scores = PromptScores(
+            request.prompt_token_ids, params.prompt_logprobs, info.num_layers
+        )
     parent.children = children
     for child in children:
         child.parent = parent

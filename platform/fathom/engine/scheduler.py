@@ -30,7 +30,7 @@ class Scheduler:
 
     Args:
         shallow, deep: block accounting of the two stages.
-        roots: key roots of the two stages for a cache salt.
+        roots: key roots of the two stages for a cache salt, and for whether a request drafts.
         max_rows: most rows of a pass. max_sequences: most sequences that run at once.
         on_preempt: told of each sequence that will be recomputed.
     """
@@ -40,7 +40,7 @@ class Scheduler:
         *,
         shallow: PagedKVCache,
         deep: PagedKVCache,
-        roots: Callable[[str], tuple[KeyRoot, KeyRoot]],
+        roots: Callable[[str, bool], tuple[KeyRoot, KeyRoot]],
         max_rows: int,
         max_sequences: int,
         prefix_caching: bool,
@@ -213,6 +213,9 @@ class Scheduler:
         self._extend_keys(seq)
         # The last token always runs, and so does every row that still has to be judged.
         limit = min([len(seq.tokens) - 1, *(d.position for d in seq.pending)])
+        # Cached rows have no logits, so they end where the prompt still has to be scored.
+        if seq.scores is not None and not seq.scores.complete:
+            limit = min(limit, seq.scores.num_rows)
         blocks = limit // self.shallow_cache.block_size
         shallow, deep = seq.shallow_keys[:blocks], seq.deep_keys[:blocks]
         hits = min(self.shallow_cache.match(shallow), self._deep.match(deep))
@@ -220,7 +223,8 @@ class Scheduler:
 
     def _extend_keys(self, seq: Sequence) -> None:
         # Final tokens only: a draft that is cut would leave its key behind.
-        shallow_root, deep_root = self._roots(seq.request.cache_salt)
+        request = seq.request
+        shallow_root, deep_root = self._roots(request.cache_salt, request.compute.drafts)
         final = seq.tokens[: seq.confirmed]
         extend_keys(seq.shallow_keys, shallow_root, final, self.shallow_cache.block_size)
         extend_keys(seq.deep_keys, deep_root, final, self._deep.block_size)

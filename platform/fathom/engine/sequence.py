@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fathom.engine.scoring import PromptScores
 from fathom.engine.text import TextStream
 from fathom.kvstore.keys import BlockKey
 from fathom.types import ComputeUsage, FinishReason, Request, Token
@@ -50,6 +51,7 @@ class Sequence:
         finish_reason: set once no more tokens come; a final flush may still be due.
         published_blocks: leading blocks that the prefix cache knows in both stages.
         children: sequences of the same request that will share this one's prompt blocks.
+        scores: of the prompt, where they are asked for; completion 0 alone has them.
     """
 
     seq_id: int
@@ -60,6 +62,7 @@ class Sequence:
     tokens: list[int]
     stop_ids: tuple[int, ...]
     text: TextStream
+    scores: PromptScores | None = None
     parent: Sequence | None = None
     children: list[Sequence] = field(default_factory=list)
     shallow_keys: list[BlockKey] = field(default_factory=list)
@@ -119,6 +122,10 @@ class Sequence:
     def num_drafts(self) -> int:
         """Drafted tokens that no flush has looked at."""
         return sum(decision.token is not None for decision in self.pending)
+
+    def prompt_rows_due(self, start: int, rows: int) -> int:
+        """How many of the rows [start, start + rows) are wanted for the prompt's scores."""
+        return 0 if self.scores is None else self.scores.rows_due(start, rows)
 
     def expired(self, now: float) -> bool:
         """Whether its deadline has passed at ``now`` (time.monotonic seconds)."""

@@ -1,4 +1,4 @@
-"""The shallow stage: layers [0, k) and the exit head. It drafts."""
+"""The shallow stage: layers [0, k), perhaps exit layers, and the exit head. It drafts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fathom.engine import sampling
 from fathom.engine.random import Draw, uniform
 from fathom.engine.scheduler import ShallowWork
 from fathom.engine.sequence import Decision, Sequence
-from fathom.engine.stage import Stage
+from fathom.engine.stage import Pass, Stage
 from fathom.exits.confidence import softmax_gap
 from fathom.exits.policy import exits
 from fathom.ledger import Ledger
@@ -46,10 +46,12 @@ class ShallowStage:
                 start=start,
                 rows=item.num_rows,
                 first_decision=seq.num_prompt - 1,
-                deep=False,
+                layers=self._ledger.costs.shallow_layers(drafts=seq.request.compute.drafts),
             )
+        whole = self._stage.plan(rows)
         hidden = decoder.embed(torch.tensor(ids, dtype=torch.int64, device=decoder.device))
-        hidden = self._stage.run(rows, hidden)
+        hidden = self._stage.run(whole, hidden)
+        exit_states = self._exit_states(work, rows, whole, hidden)
 
         deciding = [item.decides for item in work]
         last_rows: list[int] = []
@@ -60,8 +62,34 @@ class ShallowStage:
             row += item.num_rows
             last_rows.append(row - 1)
         return self._decide(
-            [(w.seq, r) for w, r, d in zip(work, last_rows, deciding, strict=True) if d], hidden
+            [(w.seq, r) for w, r, d in zip(work, last_rows, deciding, strict=True) if d],
+            exit_states,
         )
+
+    def _exit_states(
+        self,
+        work: Rows[ShallowWork],
+        rows: Rows[SequenceRows],
+        whole: Pass,
+        hidden: torch.Tensor,
+    ) -> torch.Tensor:
+        """What the exit head reads: [rows, d], undefined where a sequence never drafts.
+
+        Every row of a sequence that drafts passes the exit layers, for later rows look back at it.
+        """
+        if self._stage.exit_layers is None:
+            return hidden
+        drafts = [item.seq.request.compute.drafts for item in work]
+        if all(drafts):
+            return self._stage.run_exit_layers(whole, hidden)
+        if not any(drafts):
+            return hidden
+        part = self._stage.plan([r for r, own in zip(rows, drafts, strict=True) if own])
+        mask = torch.tensor(drafts).repeat_interleave(torch.tensor([r.num_rows for r in rows]))
+        index = mask.nonzero().flatten().to(hidden.device)
+        exit_states = torch.empty_like(hidden)
+        exit_states[index] = self._stage.run_exit_layers(part, hidden[index])
+        return exit_states
 
     def _decide(
         self, deciding: Rows[tuple[Sequence, int]], hidden: torch.Tensor
@@ -90,7 +118,7 @@ class ShallowStage:
 
     def _may_draft(self, seq: Sequence) -> bool:
         compute = seq.request.compute
-        if not compute.drafts or seq.num_drafts >= compute.max_stack:
+        if not compute.drafts or seq.num_drafts >= compute.max_stack or not seq.max_tokens:
             return False
         # Held drafts cannot be shown before a flush: let the first token come as early as full
         # depth can make it, with the prompt's own flush.

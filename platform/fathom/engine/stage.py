@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from fathom.attention.backend import AttentionBackend, RaggedBatch, SequenceRows
+from fathom.attention.backend import Attend, AttentionBackend, RaggedBatch, SequenceRows
 from fathom.attention.paged_cache import PagedKVCache
 from fathom.models.decoder import Decoder
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """The rows of one pass: their positions, [rows] int64, and attention over them."""
+
+    positions: torch.Tensor
+    attend: Attend
 
 
 class Stage:
@@ -16,6 +25,8 @@ class Stage:
 
     Attributes:
         cache: the stage's KV cache; who schedules the rows makes room in it first.
+        exit_layers: layers [last, last + M) of the shallow path alone, or None. Their keys and
+            values lie in the same cache, behind those of the stage's own layers.
     """
 
     def __init__(
@@ -25,30 +36,51 @@ class Stage:
         last: int,
         cache: PagedKVCache,
         backend: AttentionBackend,
+        exit_layers: Decoder | None = None,
     ) -> None:
         self.decoder = decoder
         self.first = first
         self.last = last
         self.cache = cache
+        self.exit_layers = exit_layers
         self._backend = backend
 
-    def run(self, sequences: Sequence[SequenceRows], hidden: torch.Tensor) -> torch.Tensor:
-        """Run all layers of the stage.
+    def plan(self, sequences: Sequence[SequenceRows]) -> Pass:
+        """Lay out the rows of a pass, once for all layers.
 
         Args:
             sequences: which rows belong to whom, in row order; the cache has room for them.
+        """
+        batch = RaggedBatch.build(sequences, self.cache)
+        attend = self._backend.plan(batch, self.cache, self.decoder.config.num_heads)
+        return Pass(batch.positions, attend)
+
+    def run(self, rows: Pass, hidden: torch.Tensor) -> torch.Tensor:
+        """Run all layers of the stage.
+
+        Args:
             hidden: [rows, d], input of the first layer.
 
         Returns:
             [rows, d], output of the last layer.
         """
-        batch = RaggedBatch.build(sequences, self.cache)
-        attend = self._backend.plan(batch, self.cache, self.decoder.config.num_heads)
-        first = self.first
-        return self.decoder.run(
+        return self._layers(self.decoder, self.first, self.last, rows, hidden)
+
+    def run_exit_layers(self, rows: Pass, hidden: torch.Tensor) -> torch.Tensor:
+        """Run the layers that only the shallow path has; see ``run``."""
+        if self.exit_layers is None:
+            return hidden
+        own = self.exit_layers
+        return self._layers(own, own.first, own.last, rows, hidden)
+
+    def _layers(
+        self, decoder: Decoder, first: int, last: int, rows: Pass, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        offset, attend = self.first, rows.attend
+        return decoder.run(
             hidden,
-            batch.positions,
-            self.first,
-            self.last,
-            lambda layer, q, kv: attend(layer - first, q, kv),
+            rows.positions,
+            first,
+            last,
+            lambda layer, q, kv: attend(layer - offset, q, kv),
         )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from fathom.models.adapters import Adapter
 from fathom.models.config import ModelConfig, ModelError
 from fathom.models.decoder import Decoder, Layer
 from fathom.models.files import weights_digest
@@ -14,7 +17,7 @@ from fathom.models.linear import Linear
 from fathom.models.resolve import resolve_model
 from fathom.models.weights import WeightFiles
 
-__all__ = ["load_decoder", "resolve_model", "weights_digest"]
+__all__ = ["load_decoder", "load_exit_layers", "resolve_model", "weights_digest"]
 
 
 def load_decoder(
@@ -25,6 +28,7 @@ def load_decoder(
     layers: tuple[int, int] | None = None,
     embedding: bool = True,
     head: bool = True,
+    adapter: Adapter | None = None,
 ) -> Decoder:
     """Load a model, or the part of it that a stage runs.
 
@@ -35,6 +39,7 @@ def load_decoder(
         dtype: float32, bfloat16 or float16, of weights and activations.
         layers: [first, last) to hold; None holds all.
         embedding: hold the embedding table. head: hold the final norm and the LM head.
+        adapter: its low-rank changes are added to the weights.
 
     Raises:
         ModelError: for a missing or damaged file, a tensor that is missing or misshapen, an
@@ -44,7 +49,10 @@ def load_decoder(
     first, last = layers or (0, config.num_layers)
     if not 0 <= first <= last <= config.num_layers:
         raise ModelError(f"{path}: no layers [{first}, {last}); the model has {config.num_layers}.")
-    reader = _LayerReader(WeightFiles(path), config, dtype, torch.device(device))
+    files: _Tensors = WeightFiles(path)
+    if adapter is not None and adapter.lora:
+        files = _Changed(files, adapter.lora)
+    reader = _LayerReader(files, config, dtype, torch.device(device))
     table = norm = lm_head = None
     if embedding or (head and config.tie_word_embeddings):
         table = reader.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
@@ -66,11 +74,74 @@ def load_decoder(
     )
 
 
+def load_exit_layers(decoder: Decoder, adapter: Adapter) -> Decoder | None:
+    """The exit layers of an adapter as a decoder of layers [k, k + M); None if it has none.
+
+    Raises:
+        ModelError: if a tensor is missing or misshapen.
+    """
+    if not adapter.exit_layers:
+        return None
+    tensors = {f"model.layers.{name}": tensor for name, tensor in adapter.layers.items()}
+    reader = _LayerReader(_Held(tensors), decoder.config, decoder.dtype, decoder.device)
+    first, last = adapter.exit_layer, adapter.exit_layer + adapter.exit_layers
+    layers = [reader.layer(index) for index in range(first, last)]
+    return Decoder(decoder.config, first, layers, dtype=decoder.dtype, device=decoder.device)
+
+
+class _Tensors(Protocol):
+    """Where tensors come from; see ``WeightFiles.tensor``."""
+
+    def tensor(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+    ) -> Tensor: ...
+
+
+class _Held:
+    """Tensors in memory: an adapter's exit layers."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def tensor(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+    ) -> Tensor:
+        tensor = self._tensors.get(name)
+        if tensor is None or tuple(tensor.shape) != shape:
+            found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
+            raise ModelError(
+                f"adapter: tensor {name!r} is {found}; the model calls for {list(shape)}: use the "
+                "adapter that was trained for this model."
+            )
+        return tensor.to(device=device, dtype=dtype, copy=True)
+
+
+class _Changed:
+    """A model's tensors with low-rank changes: W + B A, summed in float32."""
+
+    def __init__(self, files: _Tensors, lora: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        self._files = files
+        self._lora = lora
+
+    def tensor(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+    ) -> Tensor:
+        if name not in self._lora:
+            return self._files.tensor(name, shape, dtype, device)
+        a, b = (part.to(device, torch.float32) for part in self._lora[name])
+        if (b.shape[0], a.shape[1]) != shape or a.shape[0] != b.shape[1]:
+            raise ModelError(
+                f"adapter: the change of {name!r} is {list(b.shape)} x {list(a.shape)}; the model "
+                f"calls for {list(shape)}: use the adapter that was trained for this model."
+            )
+        return self._files.tensor(name, shape, torch.float32, device).addmm_(b, a).to(dtype)
+
+
 class _LayerReader:
     """Reads and fuses one layer after the other."""
 
     def __init__(
-        self, files: WeightFiles, config: ModelConfig, dtype: torch.dtype, device: torch.device
+        self, files: _Tensors, config: ModelConfig, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.files = files
         self.config = config

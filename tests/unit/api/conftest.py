@@ -39,7 +39,7 @@ def engine(tiny_model: Path) -> AsyncEngine:
             threads=1,
             kv_cache_bytes=4 << 20,
             exit_layer=2,
-            exit_head="shared",
+            adapter="none",
         )
     )
 

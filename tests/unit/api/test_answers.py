@@ -10,6 +10,8 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from starlette.testclient import TestClient
 
+from fathom.models.tokenizer import Tokenizer
+
 CHAT: dict[str, Any] = {
     "model": "tiny",
     "messages": [{"role": "user", "content": "hi"}],
@@ -150,6 +152,88 @@ def test_echo(client: TestClient, prompt: Any) -> None:
         chunks = events(client, "/v1/completions", {**TEXT, "echo": True})
         text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
         assert text == echoed["choices"][0]["text"]
+
+
+def streamed(client: TestClient, body: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """The choices of a stream, joined: what ``choices`` of the whole answer holds, by index."""
+    joined: dict[int, dict[str, Any]] = {}
+    for chunk in events(client, "/v1/completions", body):
+        for choice in chunk["choices"]:
+            whole = joined.setdefault(choice["index"], {"text": "", "logprobs": {}})
+            whole["text"] += choice["text"]
+            whole["finish_reason"] = choice["finish_reason"]
+            for name, values in (choice["logprobs"] or {}).items():
+                whole["logprobs"].setdefault(name, []).extend(values)
+    return joined
+
+
+# In mode free, tokens are final before the deep stage has seen the prompt.
+@pytest.mark.parametrize(
+    "compute", [{"mode": "exact"}, {"mode": "free", "policy": "always"}], ids=["exact", "free"]
+)
+@pytest.mark.parametrize("max_tokens", [0, 1, 6])
+def test_echo_with_logprobs(client: TestClient, compute: dict[str, Any], max_tokens: int) -> None:
+    prompts = ["hi, you", "ho"]
+    asked = {
+        **TEXT,
+        "prompt": prompts,
+        "n": 2,
+        "seed": 1234,
+        "logprobs": 1,
+        "echo": True,
+        "max_tokens": max_tokens,
+        "compute": compute,
+    }
+    body = post(client, "/v1/completions", asked)
+    choices = body["choices"]
+    assert body["usage"]["completion_tokens"] == 4 * max_tokens
+    assert [choice["index"] for choice in choices] == [0, 1, 2, 3]
+    for choice in choices:
+        prompt = prompts[choice["index"] // 2]
+        assert choice["text"].startswith(prompt)
+        assert choice["finish_reason"] == "length"
+        logprobs = choice["logprobs"]
+        assert {len(values) for values in logprobs.values()} == {len(prompt) + max_tokens}
+        assert logprobs["tokens"][: len(prompt)] == list(prompt)
+        assert logprobs["text_offset"][: len(prompt) + 1] == list(
+            range(len(prompt) + bool(max_tokens))
+        )
+        assert logprobs["token_logprobs"][0] is logprobs["top_logprobs"][0] is None
+        for token, logprob, top in zip(*list(logprobs.values())[:3], strict=True):
+            if logprob is not None:
+                assert top[token] == pytest.approx(logprob) and logprob <= max(top.values())
+    for a, b in zip(choices[::2], choices[1::2], strict=True):  # greedy: the same n times
+        assert a["text"] == b["text"]
+        size = len(prompts[a["index"] // 2])
+        for name, values in a["logprobs"].items():
+            assert values[:size] == b["logprobs"][name][:size]
+    chunks = streamed(client, asked)
+    for choice in choices:
+        chunk = chunks[choice["index"]]
+        assert chunk["text"] == choice["text"]
+        assert chunk["finish_reason"] == "length"
+        for name, values in choice["logprobs"].items():
+            if name != "text_offset":  # a partial character may be held back in one and not both
+                assert chunk["logprobs"][name] == values
+
+
+def test_echo_alone_may_ask_for_no_tokens(client: TestClient) -> None:
+    asked = {**TEXT, "echo": True, "max_tokens": 0}
+    (choice,) = post(client, "/v1/completions", asked)["choices"]
+    assert (choice["text"], choice["logprobs"], choice["finish_reason"]) == ("hi", None, "length")
+    joined = streamed(client, asked)[0]
+    assert (joined["text"], joined["logprobs"], joined["finish_reason"]) == ("hi", {}, "length")
+
+
+def test_offsets_of_a_prompt_count_characters(client: TestClient, tokenizer: Tokenizer) -> None:
+    asked = {**TEXT, "prompt": "aé!", "echo": True, "logprobs": 0, "max_tokens": 0}
+    (choice,) = post(client, "/v1/completions", asked)["choices"]
+    assert choice["logprobs"]["text_offset"] == [0, 1, 1, 2]  # é is two tokens here
+    asked["prompt"] = [256, *tokenizer.encode("ab")]
+    (choice,) = post(client, "/v1/completions", asked)["choices"]
+    assert choice["text"] == "ab"  # without the end token
+    assert choice["logprobs"]["tokens"] == ["<|end|>", "a", "b"]
+    assert choice["logprobs"]["text_offset"] == [0, 0, 1]
 
 
 def test_seed_reproduces(client: TestClient) -> None:

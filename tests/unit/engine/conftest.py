@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from fathom.config import EngineConfig
 from fathom.engine.build import assemble
 from fathom.engine.engine import Engine
+from fathom.models.adapters import Adapter
 from fathom.models.decoder import Decoder
 from fathom.models.heads import build_exit_head
 from fathom.models.load import load_decoder
@@ -37,21 +39,51 @@ def decoder(model_dir: Path) -> Decoder:
     return load_decoder(model_dir, dtype=torch.float32)
 
 
+@pytest.fixture(scope="session")
+def exit_adapter(model_dir: Path) -> Adapter:
+    """An exit layer, changed a little from the model's own, and a head over half its tokens."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    layers = {
+        f"{index}.{name}": tensor + 0.02 * torch.randn(tensor.shape, generator=generator)
+        for index in range(EXIT_LAYER, EXIT_LAYER + 1)
+        for name, tensor in model.model.layers[index].state_dict().items()
+    }
+    return Adapter(
+        exit_layer=EXIT_LAYER,
+        exit_layers=1,
+        norm=model.model.norm.weight.detach(),
+        token_ids=torch.arange(39, 2, -1),
+        layers=layers,
+        digest="exit-adapter",
+    )
+
+
 MakeEngine = Callable[..., Engine]
 
 
 @pytest.fixture(scope="session")
 def make_engine(decoder: Decoder, model_dir: Path) -> MakeEngine:
-    """Builds an engine; keywords are EngineConfig fields, num_blocks, or wrap_deep."""
+    """Builds an engine; keywords are EngineConfig fields, num_blocks, wrap_deep, or trained."""
 
-    def make(num_blocks: int = 256, wrap_deep=lambda deep: deep, **fields) -> Engine:
-        return make_engine_of(decoder, model_dir, num_blocks, wrap_deep, **fields)
+    def make(
+        num_blocks: int = 256,
+        wrap_deep=lambda deep: deep,
+        trained: Adapter | None = None,
+        **fields,
+    ) -> Engine:
+        return make_engine_of(decoder, model_dir, num_blocks, wrap_deep, trained, **fields)
 
     return make
 
 
 def make_engine_of(
-    decoder: Decoder, directory: Path, num_blocks: int, wrap_deep=lambda d: d, **fields
+    decoder: Decoder,
+    directory: Path,
+    num_blocks: int,
+    wrap_deep=lambda d: d,
+    trained: Adapter | None = None,
+    **fields,
 ) -> Engine:
     config = EngineConfig(
         model=str(directory),
@@ -59,14 +91,16 @@ def make_engine_of(
         block_size=fields.pop("block_size", 8),
         **fields,
     )
-    block_bytes = NUM_LAYERS * 2 * 2 * 8 * config.block_size * 4
+    num_layers = NUM_LAYERS + (trained.exit_layers if trained else 0)
+    block_bytes = num_layers * 2 * 2 * 8 * config.block_size * 4
     config = dataclasses.replace(config, kv_cache_bytes=num_blocks * block_bytes)
     return assemble(
         config,
         decoder,
-        build_exit_head(decoder, directory, None, config.exit_vocab),
+        build_exit_head(decoder, directory, trained, config.exit_vocab),
         exit_layer=EXIT_LAYER,
         weights_digest="tiny",
+        adapter=trained,
         wrap_deep=wrap_deep,
     )
 

@@ -1,0 +1,83 @@
+"""What an evaluation's figures depend on, and whether they are there already."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fathom.config import EngineConfig
+from fathom.evaluation.errors import EvaluationError
+from fathom.evaluation.run import Load
+from fathom.types import AcceptMode
+
+_ENGINE = (
+    "model",
+    "dtype",
+    "device",
+    "adapter",
+    "exit_layer",
+    "exit_vocab",
+    "max_num_seqs",
+    "max_model_len",
+)
+
+
+def describe_job(
+    config: EngineConfig,
+    modes: Sequence[AcceptMode],
+    loads: Sequence[Load],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """A JSON object that two evaluations share if one can go on with the other's answers.
+
+    Args:
+        settings: limit, new_tokens and runs.
+    """
+    return {
+        "tasks": {
+            each.task.name: {
+                "file": each.path.name,
+                "sha256": hashlib.sha256(each.path.read_bytes()).hexdigest(),
+            }
+            for each in loads
+        },
+        "modes": [mode.value for mode in modes],
+        **settings,
+        "engine": {name: getattr(config, name) for name in _ENGINE},
+        "compute": {**dataclasses.asdict(config.compute), "mode": None},
+    }
+
+
+def is_complete(out: Path, partial: Path, job: Mapping[str, Any], *, resume: bool) -> bool:
+    """Whether a resumed evaluation has nothing left to do.
+
+    Args:
+        out: the finished report. partial: what an interrupted evaluation left.
+
+    Raises:
+        EvaluationError: when there is an interrupted evaluation and ``resume`` is false, or a
+            finished one of another job and ``resume`` is true.
+    """
+    if partial.exists():
+        if not resume:
+            raise EvaluationError(
+                f"{partial} holds an interrupted evaluation: go on with --resume, or remove "
+                "the file."
+            )
+        return False
+    if not resume or not out.exists():
+        return False
+    try:
+        done = json.loads(out.read_text())["meta"]["job"]
+    except (ValueError, KeyError, TypeError):
+        done = None
+    if done != json.loads(json.dumps(job)):
+        raise EvaluationError(
+            f"{out} is of an evaluation with other data or options: name another file, or leave "
+            "--resume out to replace it."
+        )
+    return True
