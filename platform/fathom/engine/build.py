@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -169,9 +170,17 @@ def assemble(
     )
 
 
+class Scorer(Protocol):
+    """What is timed of an exit head."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See ``ExitHead.logits``."""
+        ...
+
+
 def measure_stage_costs(
     decoder: Decoder,
-    head: ExitHead,
+    head: Scorer,
     exit_layer: int,
     block_size: int,
     max_rows: int,

@@ -19,9 +19,10 @@ from fathom.engine.info import EngineInfo
 from fathom.engine.output import confirm, take_output
 from fathom.engine.requests import check_request, new_sequences
 from fathom.engine.scheduler import Scheduler, ShallowWork
-from fathom.engine.sequence import Sequence
+from fathom.engine.sequence import Decision, Sequence
 from fathom.engine.shallow import ShallowStage
 from fathom.engine.text import DetokenizerFactory
+from fathom.engine.trace import DraftRecord, TraceListener
 from fathom.ledger import Ledger
 from fathom.types import (
     AcceptMode,
@@ -87,6 +88,7 @@ class Engine:
         self._live: dict[str, list[Sequence]] = {}
         self._next_seq_id = 0
         self._outputs: list[RequestOutput] = []
+        self._listener: TraceListener | None = None
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> Engine:
@@ -99,6 +101,11 @@ class Engine:
         from fathom.engine.build import build_engine
 
         return build_engine(config)
+
+    def trace(self, listener: TraceListener | None) -> None:
+        """Tell ``listener`` of every draft that the deep stage has judged; None tells nobody."""
+        self._listener = listener
+        self._shallow.traced = listener is not None
 
     # Requests
 
@@ -334,6 +341,8 @@ class Engine:
                 seed=seq.seed,
                 epoch=seq.epoch,
             )
+            if self._listener is not None and decision.best >= 0:
+                self._listener(_record(seq, decision, choice))
             drafted = decision.token is not None
             if drafted:
                 self.ledger.enter_verdict(seq.compute, accepted=verdict.agreed)
@@ -422,3 +431,17 @@ class Engine:
 
     def _num_unforked(self) -> int:
         return sum(len(seq.children) for family in self._live.values() for seq in family)
+
+
+def _record(seq: Sequence, decision: Decision, choice: int) -> DraftRecord:
+    return DraftRecord(
+        request_id=seq.request.request_id,
+        index=seq.index,
+        position=decision.position,
+        num_prompt=seq.num_prompt,
+        confidence=decision.confidence,
+        entropy=decision.entropy,
+        shallow_token=decision.best,
+        deep_token=choice,
+        exited=decision.token is not None,
+    )

@@ -23,12 +23,16 @@ class Decision:
         confidence: of the draft.
         draft_probs: [vocabulary] float64 that the draft was drawn from, where the accept rule
             needs it (``exact`` at temperature > 0).
+        best: the exit head's best token, exited or not, and entropy: of its distribution in nats;
+            noted where the engine is traced.
     """
 
     position: int
     token: int | None
     confidence: float
     draft_probs: torch.Tensor | None = None
+    best: int = -1
+    entropy: float = float("nan")
 
 
 @dataclass(slots=True, eq=False)

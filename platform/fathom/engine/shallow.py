@@ -12,7 +12,7 @@ from fathom.engine.random import Draw, uniform
 from fathom.engine.scheduler import ShallowWork
 from fathom.engine.sequence import Decision, Sequence
 from fathom.engine.stage import Pass, Stage
-from fathom.exits.confidence import softmax_gap
+from fathom.exits.confidence import entropy, softmax_gap
 from fathom.exits.policy import exits
 from fathom.ledger import Ledger
 from fathom.models.heads import ExitHead
@@ -20,12 +20,17 @@ from fathom.types import AcceptMode, PolicyName
 
 
 class ShallowStage:
-    """Runs rows up to the exit layer, and decides for each sequence whether its token leaves."""
+    """Runs rows up to the exit layer, and decides for each sequence whether its token leaves.
+
+    Attributes:
+        traced: whether decisions note the head's best token and entropy.
+    """
 
     def __init__(self, stage: Stage, head: ExitHead, ledger: Ledger) -> None:
         self._stage = stage
         self._head = head
         self._ledger = ledger
+        self.traced = False
 
     def run(self, work: Rows[ShallowWork]) -> list[tuple[Sequence, torch.Tensor | None]]:
         """Run one pass, push the exit states on the sequences' stacks, and decide.
@@ -112,6 +117,10 @@ class ShallowStage:
         ):
             self._ledger.enter_exit_head(seq.compute, 1)
             self._draft(seq, confidence, column, row_logits)
+            if self.traced:
+                decision = seq.pending[-1]
+                decision.best = self._head.token_of(column)
+                decision.entropy = entropy(row_logits)
             reported = seq.request.sampling.logprobs is not None
             decided.append((seq, self._head.spread(row_logits) if reported else row_logits))
         return decided

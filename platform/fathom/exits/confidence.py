@@ -22,3 +22,13 @@ def softmax_gap(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     second = logits.scatter(-1, index[:, None], float("-inf")).amax(dim=-1)
     gap = (best - total).exp() - (second - total).exp()
     return torch.where(torch.isfinite(total), gap, torch.nan), index
+
+
+def entropy(logits: torch.Tensor) -> float:
+    """Entropy of one row's distribution, in nats.
+
+    Args:
+        logits: [vocabulary] float.
+    """
+    log_p = torch.log_softmax(logits.float(), -1)
+    return float(-(log_p.exp() * log_p).nan_to_num().sum())

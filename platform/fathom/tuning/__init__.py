@@ -1,0 +1,1 @@
+"""What tuning works on: traces of the engine's drafts."""
