@@ -93,7 +93,7 @@ def test_generation_in_three_modes(
         assert set(row) == ROW
         assert row["ci_low"] <= row["value"] <= row["ci_high"]
         assert row["mode"] in result.stdout
-        assert row["agreement"] is None
+        assert (row["agreement"] is None) == (row["mode"] == "full")
     assert "free (lossy)" in result.stdout
     assert report["meta"]["job"]["tasks"]["multi30k"]["file"] == "pairs.jsonl"
     assert not list(tmp_path.glob("out.json.*"))

@@ -44,7 +44,8 @@ spec_bench (a row a category: depth and speed alone), choice or any of arc_easy_
 boolq, openbook_qa, winogrande (acc_norm, acc), wikitext2 (perplexity a token).
 
 Generation tasks also say how far a mode is from the full model, which holds where a task is beyond
-the model: rougeL_to_full (of its answer to full's) and nll_under_full (nats a token of its answer).
+the model: rougeL_to_full (of its answer to full's) and nll_under_full (nats a token of its answer); and
+agreement: how often the exit head's best token is the full model's, at every token of its answer.
 Multiple choice and perplexity are scored at full depth, so they have a row of mode full alone.
 
 data: the folder that FATHOM_DATA names; --data TASK=FILE takes a file of the same fields in place
@@ -75,6 +76,11 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--runs", type=int, default=1, metavar="N", help="answer all N times, for timing alone"
+    )
+    parser.add_argument(
+        "--no-agreement",
+        action="store_true",
+        help="leave out the pass that asks the exit head at every token",
     )
     parser.add_argument(
         "--data", action="append", default=[], metavar="TASK=FILE", help="instead of the task's own"
@@ -236,6 +242,7 @@ def _rows(
     from rich.progress import TimeRemainingColumn as TimeLeft
 
     from fathom.evaluation.answers import Advance
+    from fathom.evaluation.probe import traced_drafts
     from fathom.evaluation.run import evaluate
     from fathom.evaluation.session import Session
 
@@ -257,6 +264,7 @@ def _rows(
             new_tokens=args.new_tokens,
             limit=args.limit,
             progress=progress,
+            probe=None if args.no_agreement else traced_drafts,
         )
         rows = [row for found in evaluate(session, loads) for row in found]
     return session, rows

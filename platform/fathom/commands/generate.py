@@ -24,6 +24,7 @@ from fathom.commands.options import (
 )
 from fathom.commands.prompts import Prompt, check_lengths, encode_prompt, read_prompts
 from fathom.commands.records import Completion, ResultsFile
+from fathom.commands.tracing import add_trace_option, check_trace, traced
 from fathom.config import EngineConfig
 from fathom.types import FinishReason, Request
 
@@ -61,6 +62,7 @@ def add_parser(commands: Any) -> None:
         "--json", type=Path, metavar="OUT", help="results of --prompts (default: standard output)"
     )
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted job")
+    add_trace_option(parser)
     add_sampling_options(parser)
     add_compute_options(parser)
     add_engine_options(parser)
@@ -71,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     config = EngineConfig(compute=compute_policy(args), **engine_values(args))
     config.validate()
     sampling_params(args)
+    check_trace(args)
     if args.prompts is None:
         if args.json is not None or args.resume:
             raise UsageError("--json and --resume belong to --prompts FILE.")
@@ -136,11 +139,12 @@ def _stream(args: argparse.Namespace, config: EngineConfig, text: str) -> int:
         )
     )
     try:
-        while engine.has_work():
-            for output in engine.step():
-                first = first or (time.perf_counter() if output.tokens else None)
-                completion.add(output)
-                printer.show(output.tokens, output.text)
+        with traced(engine, args.trace):
+            while engine.has_work():
+                for output in engine.step():
+                    first = first or (time.perf_counter() if output.tokens else None)
+                    completion.add(output)
+                    printer.show(output.tokens, output.text)
     except KeyboardInterrupt:
         engine.cancel("prompt")
         raise
@@ -197,7 +201,8 @@ def _batch(args: argparse.Namespace, config: EngineConfig, prompts: Sequence[Pro
         if index not in done
     }
     failed = sum(r.get("finish_reason") == FinishReason.ERROR.value for r in done.values())
-    failed += run_batch(engine, requests, results, total=len(prompts), notes=notes)
+    with traced(engine, args.trace):
+        failed += run_batch(engine, requests, results, total=len(prompts), notes=notes)
     if failed:
         print(f"fathom: error: {failed} of {len(prompts)} requests failed", file=sys.stderr)
     return 1 if failed else 0

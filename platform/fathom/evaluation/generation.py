@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fathom.api.usage import add_compute
@@ -132,20 +132,24 @@ def _probe(
     prompts: Sequence[Ids],
     parts: Sequence[Part],
     new_tokens: int,
-) -> dict[str, Drafts]:
-    """Group -> every decision row's draft; empty without a probe."""
-    found: dict[str, Drafts] = {}
-    if session.probe is None:
+) -> dict[str, list[tuple[float, bool]]]:
+    """Group -> every decision row's draft; empty without a probe, or where no mode drafts."""
+    found: dict[str, list[tuple[float, bool]]] = defaultdict(list)
+    if session.probe is None or not any(each.drafts for each in session.policies.values()):
         return found
+    advance = session.progress(f"{task.name} agreement", len(prompts))
     for part in parts:
-        key = f"{task.name}/probe/{part.name}"
-        pairs = session.partial.get(key)
-        if pairs is None:
-            own = [prompts[i] for i in part.places]
-            requests = requests_for(own, session.policies[FULL], new_tokens)
-            pairs = [(float(c), bool(a)) for c, a in session.probe(session.engine, requests)]
-            session.partial.put(key, pairs)
-        found[part.name] = [(confidence, agrees) for confidence, agrees in pairs]
+        for block in blocks(part.places, session.block):
+            key = f"{task.name}/probe/{block[0]}"
+            pairs = session.partial.get(key)
+            if pairs is None:
+                own = [prompts[i] for i in block]
+                requests = requests_for(own, session.policies[FULL], new_tokens, block[0])
+                pairs = [(float(c), bool(a)) for c, a in session.probe(session.engine, requests)]
+                session.partial.put(key, pairs)
+            for _ in block:
+                advance()
+            found[part.name] += [(confidence, agrees) for confidence, agrees in pairs]
     return found
 
 
@@ -172,7 +176,7 @@ def _figures(
     mode: str,
     part: Part,
     measured: Measured,
-    drafts: dict[str, Drafts],
+    drafts: Mapping[str, Drafts],
 ) -> Figures:
     page = add_compute(measured.answers[mode][i].compute for i in part.places)
     own, full = (

@@ -12,11 +12,12 @@ import transformers
 
 from fathom.engine.engine import Engine
 from fathom.evaluation.agreement import Drafts
-from fathom.evaluation.answers import log_likelihoods
+from fathom.evaluation.answers import generate, log_likelihoods, requests_for
 from fathom.evaluation.encode import Scored, encode_choice, encode_item, encode_windows
 from fathom.evaluation.errors import EvaluationError
 from fathom.evaluation.generation import measure_generation
 from fathom.evaluation.partial import Partial
+from fathom.evaluation.probe import traced_drafts
 from fathom.evaluation.run import evaluate, load
 from fathom.evaluation.scoring import measure_choices
 from fathom.evaluation.session import Session
@@ -143,6 +144,14 @@ def test_rows_of_a_task_and_its_probe(engine: Engine) -> None:
     assert rows[0]["speedup_over_full"] == 1
     assert rows[0]["layers_per_token"] == 4
     assert session.truncated == {"gsm8k": 0}
+
+
+def test_the_engines_probe_asks_at_every_token(engine: Engine) -> None:
+    requests = requests_for([tuple(b"ab"), tuple(b"cde")], MODES["full"], 8)
+    answers, _ = generate(engine, requests, lambda: None)
+    drafts = traced_drafts(engine, requests)
+    assert len(drafts) == sum(len(answer.token_ids) for answer in answers)
+    assert all(0 <= confidence <= 1 for confidence, _ in drafts)
 
 
 def test_what_is_kept_is_not_measured_again(engine: Engine, tmp_path: Path) -> None:

@@ -74,17 +74,9 @@ def test_a_low_rank_head_of_full_rank_is_the_head() -> None:
 def test_every_layer_and_head_is_scored(base, examples, model_dir) -> None:
     fit, held = (collect(base, batches_of(part), [1, 3]) for part in (examples[:64], examples[64:]))
     decoder = load_decoder(model_dir, dtype=torch.float32)
+    ranked = torch.arange(40)
     found = list(
-        probe(
-            base,
-            decoder,
-            fit,
-            held,
-            layers=[1, 3],
-            ranked=torch.arange(40),
-            subsets=[20],
-            rank=8,
-        )  # fmt: skip
+        probe(base, decoder, fit, held, layers=[1, 3], ranked=ranked, subsets=[20], rank=8)
     )
     assert [(c.layer, c.head) for c in found] == [
         (layer, head)

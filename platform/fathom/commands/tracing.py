@@ -1,0 +1,59 @@
+"""``--trace FILE``: what every draft of a run was worth, for calibration and tuning."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fathom.commands.options import UsageError
+
+if TYPE_CHECKING:
+    from fathom.engine.engine import Engine
+
+
+def add_trace_option(parser: Any) -> None:
+    """Declare ``--trace``."""
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="write confidence and agreement of every draft to this Parquet file",
+    )
+
+
+def check_trace(args: argparse.Namespace) -> None:
+    """Check what can be checked before a model is loaded.
+
+    Raises:
+        UsageError: if the file cannot be written there.
+    """
+    if args.trace is not None and not args.trace.absolute().parent.is_dir():
+        raise UsageError(f"{args.trace}: there is no such folder; make it first.")
+
+
+@contextmanager
+def traced(engine: Engine, path: Path | None) -> Iterator[None]:
+    """Trace an engine while the context lasts; without a path, do nothing."""
+    if path is None:
+        yield
+        return
+    from fathom.tuning.traces import TraceWriter
+
+    info = engine.info
+    metadata = {
+        "model": info.model,
+        "weights_digest": info.weights_digest,
+        "adapter": info.adapter,
+        "exit_layer": str(info.exit_layer),
+        "exit_depth": str(info.exit_depth),
+        "num_layers": str(info.num_layers),
+    }
+    with TraceWriter(path, metadata) as writer:
+        engine.trace(writer.add)
+        try:
+            yield
+        finally:
+            engine.trace(None)
