@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import os
 import platform
@@ -44,8 +43,8 @@ spec_bench (a row a category: depth and speed alone), choice or any of arc_easy_
 boolq, openbook_qa, winogrande (acc_norm, acc), wikitext2 (perplexity a token).
 
 Generation tasks also say how far a mode is from the full model, which holds where a task is beyond
-the model: rougeL_to_full (of its answer to full's) and nll_under_full (nats a token of its answer); and
-agreement: how often the exit head's best token is the full model's, at every token of its answer.
+the model: rougeL_to_full (of its answer to full's), nll_under_full (nats a token of its answer).
+agreement is how often the exit head's best token is the full model's, at every token of its answer.
 Multiple choice and perplexity are scored at full depth, so they have a row of mode full alone.
 
 data: the folder that FATHOM_DATA names; --data TASK=FILE takes a file of the same fields in place
@@ -275,36 +274,19 @@ def _meta(engine: Engine, job: dict[str, Any], session: Session) -> dict[str, An
     import torch
 
     from fathom.commands.doctor import cpu_model
-    from fathom.evaluation.bootstrap import CONFIDENCE, RESAMPLES
+    from fathom.evaluation.job import describe_engine, library_versions
 
-    info = engine.info
-    versions = {
-        name: importlib.metadata.version(name)
-        for name in ("torch", "transformers", "rouge-score", "sacrebleu")
-        if _is_installed(name)
-    }
     return {
         "command": "fathom " + " ".join(sys.argv[1:]),
         "job": job,
-        **{
-            name: getattr(info, name)
-            for name in (
-                "model", "weights_digest", "adapter", "num_layers", "exit_layer", "exit_depth",
-                "exit_vocab", "dtype",
-            )
-        },
+        **describe_engine(engine.info),
         "truncated": session.truncated,
-        "bootstrap": {"resamples": RESAMPLES, "confidence": CONFIDENCE, "over": "prompts"},
         "threads": torch.get_num_threads(),
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
-        "versions": {"fathom": __version__, "python": platform.python_version(), **versions},
-    }  # fmt: skip
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        "versions": {
+            "fathom": __version__,
+            "python": platform.python_version(),
+            **library_versions(),
+        },
+    }

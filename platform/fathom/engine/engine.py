@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
-from concurrent.futures import Future
-from dataclasses import dataclass
 
 import torch
 
@@ -14,15 +11,16 @@ from fathom.config import EngineConfig
 from fathom.engine import sampling
 from fathom.engine.accept import judge
 from fathom.engine.costs import FlushRule, StageCosts
-from fathom.engine.deep import DeepStage, FlushItem, FlushResult
+from fathom.engine.deep import DeepStage
+from fathom.engine.flights import Answer, Flights
 from fathom.engine.info import EngineInfo
 from fathom.engine.output import confirm, take_output
 from fathom.engine.requests import check_request, new_sequences
 from fathom.engine.scheduler import Scheduler, ShallowWork
-from fathom.engine.sequence import Decision, Sequence
+from fathom.engine.sequence import Sequence
 from fathom.engine.shallow import ShallowStage
 from fathom.engine.text import DetokenizerFactory
-from fathom.engine.trace import DraftRecord, TraceListener
+from fathom.engine.trace import TraceListener, record_of
 from fathom.ledger import Ledger
 from fathom.types import (
     AcceptMode,
@@ -31,26 +29,6 @@ from fathom.types import (
     Request,
     RequestOutput,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class _Away:
-    """A sequence's part in a flush that is away.
-
-    Attributes:
-        rows: of its stack that went. scored: outputs that score prompt tokens, before those for
-            decisions.
-    """
-
-    seq: Sequence
-    rows: int
-    scored: int
-    decisions: int
-
-    @property
-    def outputs(self) -> int:
-        """Rows of logits that come back."""
-        return self.scored + self.decisions
 
 
 class Engine:
@@ -84,7 +62,7 @@ class Engine:
         self._scheduler = scheduler
         self._new_detokenizer = new_detokenizer
         self._flush_rule = FlushRule(stage_costs)
-        self._away: deque[tuple[Future[FlushResult], list[_Away]]] = deque()
+        self._flights = Flights(deep, ledger)
         self._live: dict[str, list[Sequence]] = {}
         self._next_seq_id = 0
         self._outputs: list[RequestOutput] = []
@@ -236,75 +214,29 @@ class Engine:
         if not chosen:
             return False
         self._flush_rule.flushed()
-        items: list[FlushItem] = []
-        away: list[_Away] = []
-        for seq, rows in chosen:
-            stack = seq.stack[0] if len(seq.stack) == 1 else torch.cat(seq.stack)
-            whole = rows == len(stack)
-            decisions = len(seq.pending) if whole else 0
-            # A prompt that is not scored yet has no row between its last one scored and the
-            # first decision, so both together are the item's last rows.
-            scored = seq.prompt_rows_due(seq.deep_len, rows)
-            outputs = scored + decisions
-            seq.stack = [] if whole else [stack[rows:]]
-            items.append(FlushItem(seq.seq_id, seq.deep_len, stack[:rows], outputs))
-            away.append(_Away(seq, rows, scored, decisions))
-            seq.in_flight = True
-            self.ledger.enter_rows(
-                seq.compute,
-                start=seq.deep_len,
-                rows=rows,
-                first_decision=seq.num_prompt - 1,
-                layers=self.ledger.costs.deep_layers,
-                deep=True,
-            )
-            self.ledger.enter_lm_head(seq.compute, outputs)
-        self.ledger.enter_flush([item.seq.compute for item in away])
-        self._away.append((self._deep.flush(items), away))
+        self._flights.send(chosen)
         return True
 
     def _collect(self, *, block: bool) -> None:
         """Take in the answers that are there, in order; wait for the first if ``block``."""
-        while self._away and (block or self._away[0][0].done()):
-            answer, away = self._away.popleft()
-            block = False
-            try:
-                logits = answer.result().logits
-                # One reduction serves all greedy choices, and shows what is not finite.
-                best, argmax = (values.tolist() for values in logits.max(dim=-1))
-            except Exception as error:  # a deep stage that failed ends its requests, not the engine
-                for item in away:
-                    item.seq.in_flight = False
-                    self._end(item.seq, FinishReason.ERROR, f"the deep stage failed: {error}")
-                continue
-            row = 0
-            for item in away:
-                item.seq.in_flight = False
-                item.seq.deep_len += item.rows
-                own = slice(row, row + item.outputs)
-                row += item.outputs
-                if item.seq.finish_reason in (FinishReason.CANCELLED, FinishReason.DEADLINE):
-                    self._retire(item.seq)
-                elif item.outputs:
-                    self._take_in(item, logits[own], best[own], argmax[own])
+        for answer in self._flights.land(block=block):
+            seq = answer.share.seq
+            if answer.error is not None:
+                self._end(seq, FinishReason.ERROR, answer.error)
+            elif seq.finish_reason in (FinishReason.CANCELLED, FinishReason.DEADLINE):
+                self._retire(seq)
+            elif not all(map(math.isfinite, answer.best)):
+                self._end(seq, FinishReason.ERROR, "the model's logits are not finite")
+            else:
+                self._take_in(answer)
 
-    def _take_in(
-        self, item: _Away, logits: torch.Tensor, best: list[float], argmax: list[int]
-    ) -> None:
-        """Take in the answer to one sequence: the prompt's scores, then decisions.
-
-        Args:
-            logits: [item.outputs, vocabulary]. best, argmax: of each row; a NaN counts as the
-                largest, so ``best`` is finite iff the row holds neither NaN nor +inf.
-        """
-        if not all(map(math.isfinite, best)):
-            self._end(item.seq, FinishReason.ERROR, "the model's logits are not finite")
-            return
-        scored = item.scored
-        if scored and item.seq.scores is not None:
-            item.seq.scores.add(logits[:scored])
-        if item.decisions:
-            self._accept(item.seq, logits[scored:], argmax[scored:])
+    def _take_in(self, answer: Answer) -> None:
+        """Take in the answer to one sequence: the prompt's scores, then decisions."""
+        share, scored = answer.share, answer.share.scored
+        if scored and share.seq.scores is not None:
+            share.seq.scores.add(answer.logits[:scored])
+        if share.decisions:
+            self._accept(share.seq, answer.logits[scored:], answer.argmax[scored:])
 
     # Accept
 
@@ -342,7 +274,7 @@ class Engine:
                 epoch=seq.epoch,
             )
             if self._listener is not None and decision.best >= 0:
-                self._listener(_record(seq, decision, choice))
+                self._listener(record_of(seq, decision, choice))
             drafted = decision.token is not None
             if drafted:
                 self.ledger.enter_verdict(seq.compute, accepted=verdict.agreed)
@@ -431,17 +363,3 @@ class Engine:
 
     def _num_unforked(self) -> int:
         return sum(len(seq.children) for family in self._live.values() for seq in family)
-
-
-def _record(seq: Sequence, decision: Decision, choice: int) -> DraftRecord:
-    return DraftRecord(
-        request_id=seq.request.request_id,
-        index=seq.index,
-        position=decision.position,
-        num_prompt=seq.num_prompt,
-        confidence=decision.confidence,
-        entropy=decision.entropy,
-        shallow_token=decision.best,
-        deep_token=choice,
-        exited=decision.token is not None,
-    )

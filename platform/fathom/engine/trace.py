@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fathom.engine.sequence import Decision, Sequence
+
 
 @dataclass(frozen=True, slots=True)
 class DraftRecord:
@@ -35,3 +37,18 @@ class DraftRecord:
 
 
 TraceListener = Callable[[DraftRecord], None]
+
+
+def record_of(seq: Sequence, decision: Decision, deep_token: int) -> DraftRecord:
+    """The record of a decision that the deep stage has answered."""
+    return DraftRecord(
+        request_id=seq.request.request_id,
+        index=seq.index,
+        position=decision.position,
+        num_prompt=seq.num_prompt,
+        confidence=decision.confidence,
+        entropy=decision.entropy,
+        shallow_token=decision.best,
+        deep_token=deep_token,
+        exited=decision.token is not None,
+    )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fathom.config import EngineConfig
+from fathom.engine.info import EngineInfo
+from fathom.evaluation.bootstrap import CONFIDENCE, RESAMPLES
 from fathom.evaluation.errors import EvaluationError
 from fathom.evaluation.run import Load
 from fathom.types import AcceptMode
@@ -50,6 +54,31 @@ def describe_job(
         "engine": {name: getattr(config, name) for name in _ENGINE},
         "compute": {**dataclasses.asdict(config.compute), "mode": None},
     }
+
+
+def describe_engine(info: EngineInfo) -> dict[str, Any]:
+    """What ran, and how the intervals were drawn: the part of a report's meta known here."""
+    names = (
+        "model",
+        "weights_digest",
+        "adapter",
+        "num_layers",
+        "exit_layer",
+        "exit_depth",
+        "exit_vocab",
+        "dtype",
+    )
+    intervals = {"resamples": RESAMPLES, "confidence": CONFIDENCE, "over": "prompts"}
+    return {**{name: getattr(info, name) for name in names}, "bootstrap": intervals}
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what the figures come from; a library that is not installed has none."""
+    found = {}
+    for name in ("torch", "transformers", "rouge-score", "sacrebleu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def is_complete(out: Path, partial: Path, job: Mapping[str, Any], *, resume: bool) -> bool:

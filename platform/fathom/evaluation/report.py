@@ -17,7 +17,7 @@ _COLUMNS = (
     ("tok/s", "tokens_per_s", "{:.1f}"),
     ("x full", "speedup_over_full", "{:.2f}"),
 )
-WIDTH = 150
+WIDTH = 180
 
 
 def build_table(rows: Sequence[Row], title: str, describe_mode: Callable[[str], str]) -> Table:
@@ -28,17 +28,21 @@ def build_table(rows: Sequence[Row], title: str, describe_mode: Callable[[str], 
     """
     table = Table(title=title, title_justify="left")
     for name in ("task", "mode", "metric"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
     for name in ("n", "value", "95% interval"):
         table.add_column(name, justify="right")
     columns = [column for column in _COLUMNS if any(row[column[1]] is not None for row in rows)]  # type: ignore[literal-required]
     for heading, _, _ in columns:
         table.add_column(heading, justify="right")
+    previous: Row | None = None
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         cells = []
+        # Depth and speed are the mode's, whatever the metric: said once.
+        again = previous is not None and _place(previous) == _place(row)
         for _, name, form in columns:
             value = row[name]  # type: ignore[literal-required]
-            cells.append("–" if value is None else form.format(value))
+            cells.append("" if again else "–" if value is None else form.format(value))
+        previous = row
         table.add_row(
             row["task"],
             describe_mode(row["mode"]),
@@ -50,6 +54,10 @@ def build_table(rows: Sequence[Row], title: str, describe_mode: Callable[[str], 
             end_section=following is not None and following["task"] != row["task"],
         )
     return table
+
+
+def _place(row: Row) -> tuple[str, str]:
+    return row["task"], row["mode"]
 
 
 def _number(value: float | None) -> str:

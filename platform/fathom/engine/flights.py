@@ -1,0 +1,120 @@
+"""Flushes that are away: who sent what, and whose answer it is that comes back."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+
+from fathom.engine.deep import DeepStage, FlushItem, FlushResult
+from fathom.engine.sequence import Sequence as Completion
+from fathom.ledger import Ledger
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A sequence's part in a flush.
+
+    Attributes:
+        rows: of its stack that went. scored: outputs that score prompt tokens, before those for
+            decisions.
+    """
+
+    seq: Completion
+    rows: int
+    scored: int
+    decisions: int
+
+    @property
+    def outputs(self) -> int:
+        """Rows of logits that come back."""
+        return self.scored + self.decisions
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back for one sequence.
+
+    Attributes:
+        logits: [share.outputs, vocabulary]. best, argmax: of each row; a NaN counts as the
+            largest, so ``best`` is finite iff the row holds neither NaN nor +inf.
+        error: why there is none of them.
+    """
+
+    share: Share
+    logits: torch.Tensor
+    best: list[float]
+    argmax: list[int]
+    error: str | None = None
+
+
+class Flights:
+    """Sends stacks to the deep stage and takes its answers in, in order.
+
+    Args:
+        ledger: what is sent is entered there.
+    """
+
+    def __init__(self, deep: DeepStage, ledger: Ledger) -> None:
+        self._deep = deep
+        self._ledger = ledger
+        self._away: deque[tuple[Future[FlushResult], list[Share]]] = deque()
+
+    def send(self, chosen: Sequence[tuple[Completion, int]]) -> None:
+        """Flush the first rows of these sequences' stacks as one batch."""
+        items: list[FlushItem] = []
+        shares: list[Share] = []
+        for seq, rows in chosen:
+            stack = seq.stack[0] if len(seq.stack) == 1 else torch.cat(seq.stack)
+            whole = rows == len(stack)
+            # A prompt that is not scored yet has no row between its last one scored and the
+            # first decision, so both together are the item's last rows.
+            share = Share(
+                seq,
+                rows,
+                scored=seq.prompt_rows_due(seq.deep_len, rows),
+                decisions=len(seq.pending) if whole else 0,
+            )
+            seq.stack = [] if whole else [stack[rows:]]
+            items.append(FlushItem(seq.seq_id, seq.deep_len, stack[:rows], share.outputs))
+            shares.append(share)
+            seq.in_flight = True
+            self._ledger.enter_rows(
+                seq.compute,
+                start=seq.deep_len,
+                rows=rows,
+                first_decision=seq.num_prompt - 1,
+                layers=self._ledger.costs.deep_layers,
+                deep=True,
+            )
+            self._ledger.enter_lm_head(seq.compute, share.outputs)
+        self._ledger.enter_flush([share.seq.compute for share in shares])
+        self._away.append((self._deep.flush(items), shares))
+
+    def land(self, *, block: bool) -> Iterator[Answer]:
+        """The answers that are there; waits for the first flush if ``block``.
+
+        A deep stage that failed fails the sequences of that flush, not the engine.
+        """
+        while self._away and (block or self._away[0][0].done()):
+            future, shares = self._away.popleft()
+            block = False
+            for share in shares:
+                share.seq.in_flight = False
+            try:
+                logits = future.result().logits
+                # One reduction serves all greedy choices, and shows what is not finite.
+                best, argmax = (values.tolist() for values in logits.max(dim=-1))
+            except Exception as error:
+                for share in shares:
+                    yield Answer(share, torch.empty(0), [], [], f"the deep stage failed: {error}")
+                continue
+            row = 0
+            for share in shares:
+                share.seq.deep_len += share.rows
+                own = slice(row, row + share.outputs)
+                row += share.outputs
+                yield Answer(share, logits[own], best[own], argmax[own])
