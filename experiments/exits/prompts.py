@@ -15,7 +15,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from fathom.training.data import read_rows
+from experiments.datasets import read_rows
 
 # General questions of our own making: the sets cover arithmetic, summaries, translation, facts.
 TOPICS = (

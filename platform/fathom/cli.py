@@ -27,6 +27,8 @@ examples:
   fathom generate "Why is the sky blue?"         stream an answer, coloured by depth
   fathom serve --port 8000                       an OpenAI-compatible server on Ray Serve
   fathom bench engine --modes full,exact,free    measure, beside the ideal speed-up
+  fathom train exits --help                      train exits that are worth taking
+  fathom eval --tasks gsm8k --modes full,free    quality and speed beside the full model
   fathom doctor                                  what is here, what is missing
 
 exit codes: 0 done, 1 failure, 2 bad usage, 130 interrupted. FATHOM_DEBUG=1 shows tracebacks.

@@ -82,7 +82,10 @@ def test_every_third_party_import_is_a_dependency(pyproject: dict) -> None:
     names["prometheus-client"] = "prometheus_client"
     declared = {
         names.get(name, name)
-        for line in pyproject["project"]["dependencies"]
+        for line in (
+            *pyproject["project"]["dependencies"],
+            *pyproject["project"]["optional-dependencies"]["train"],
+        )
         if (name := re.split(r"[\[<>=!~]", line)[0].lower())
     }
     ours = {"fathom", "deployments"}

@@ -10,7 +10,16 @@ from tests.command_line import Fathom, fathom
 
 __all__ = ["fathom"]
 
-COMMANDS = ["serve", "generate", "pull", "bench engine", "doctor"]
+COMMANDS = [
+    "serve",
+    "generate",
+    "pull",
+    "bench engine",
+    "train exits",
+    "train probe",
+    "eval",
+    "doctor",
+]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -77,7 +86,7 @@ def test_unknown_setting_in_a_file_names_the_known_ones(fathom: Fathom, tmp_path
     (tmp_path / "bad.yaml").write_text("engine:\n  modell: x\n")
     result = fathom("serve", "--config", "bad.yaml")
     assert result.returncode == 2
-    assert "engine.modell: unknown setting; known: block_size" in result.stderr
+    assert "engine.modell: unknown setting; known: adapter, block_size" in result.stderr
 
 
 @pytest.mark.parametrize(
