@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
+import torch
 
+from fathom.exits.coverage import coverage_at_precision
 from fathom.types import Request
 
 if TYPE_CHECKING:
@@ -28,20 +29,10 @@ def agreement(drafts: Drafts) -> float | None:
     return sum(agrees for _, agrees in drafts) / len(drafts) if drafts else None
 
 
-def coverage_at_precision(drafts: Drafts, precision: float = 0.95) -> float | None:
-    """Most rows, as a share, that one threshold lets leave with at least this precision.
-
-    Returns:
-        0 where no threshold does; None without rows.
-    """
+def coverage(drafts: Drafts, precision: float = 0.95) -> float | None:
+    """See ``fathom.exits.coverage``: the share alone; None without rows."""
     if not drafts:
         return None
-    confidence = np.array([each for each, _ in drafts])
-    order = np.argsort(-confidence, kind="stable")
-    confidence = confidence[order]
-    good = np.cumsum([drafts[place][1] for place in order])
-    count = np.arange(1, len(order) + 1)
-    # A threshold takes all rows of equal confidence or none.
-    last_of_its_kind = np.append(confidence[:-1] > confidence[1:], True)
-    places = np.flatnonzero((good >= precision * count) & last_of_its_kind)
-    return float(count[places[-1]] / len(order)) if len(places) else 0.0
+    confidence = torch.tensor([each for each, _ in drafts])
+    agrees = torch.tensor([each for _, each in drafts])
+    return coverage_at_precision(confidence, agrees, precision)[0]

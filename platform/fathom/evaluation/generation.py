@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from fathom.api.usage import add_compute
 from fathom.bench.measure import median_ratio
-from fathom.evaluation.agreement import Drafts, agreement, coverage_at_precision
+from fathom.evaluation.agreement import Drafts, agreement, coverage
 from fathom.evaluation.answers import Answer, generate, requests_for
 from fathom.evaluation.bootstrap import Interval, interval
 from fathom.evaluation.encode import Ids, Scored, encode_item
@@ -189,7 +189,7 @@ def _figures(
         agreement=agreement(pairs),
         acceptance=page.acceptance_rate,
         exit_rate=page.exit_rate,
-        coverage_at_precision_95=coverage_at_precision(pairs),
+        coverage_at_precision_95=coverage(pairs),
         layers_per_token=page.layers_per_token,
         tokens_per_s=own[0],
         speedup_over_full=median_ratio(own, full),

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from fathom.models.adapters import Adapter
-from fathom.training.validate import Drafts, coverage_at_precision
+from fathom.training.validate import Drafts
 
 THRESHOLDS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 
@@ -60,7 +60,7 @@ def card(adapter: Adapter, drafts: Drafts, curve: list[tuple[int, float]], comma
         cells = [f"{share:.1%} / {right:.1%}" for share, right in map(part.above, THRESHOLDS)]
         lines.append(
             f"| {name} | {len(part.agree)} | {part.agreement:.1%} | "
-            f"{coverage_at_precision(part, 0.95)[0]:.1%} | " + " | ".join(cells) + " |"
+            f"{part.coverage(0.95):.1%} | " + " | ".join(cells) + " |"
         )
     if curve:
         lines += ["", "Agreement on all of them by step:", ""]

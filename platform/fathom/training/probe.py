@@ -24,7 +24,7 @@ from fathom.models.decoder import Decoder
 from fathom.models.linear import Linear
 from fathom.training.examples import IGNORED, Batch
 from fathom.training.model import ShallowDeep, Shape
-from fathom.training.validate import Drafts, coverage_at_precision
+from fathom.training.validate import Drafts
 from fathom.types import AcceptMode
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
@@ -274,7 +274,7 @@ def probe(
                 layer=layer,
                 head=head.name,
                 agreement=drafted.drafts.agreement,
-                coverage=coverage_at_precision(drafted.drafts, 0.95)[0],
+                coverage=drafted.drafts.coverage(0.95),
                 shallow_s=costs.shallow(1),
                 deep_s=costs.deep(1),
                 best=best_predictions(drafted, costs),

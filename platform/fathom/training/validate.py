@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fathom.exits.confidence import softmax_gap
+from fathom.exits.coverage import coverage_at_precision
 from fathom.training.examples import IGNORED, Batch
 from fathom.training.model import ShallowDeep
 
@@ -39,35 +40,16 @@ class Drafts:
         """Share of all rows whose draft is the full path's choice."""
         return self.agree.float().mean().item() if len(self.agree) else float("nan")
 
+    def coverage(self, precision: float) -> float:
+        """The most rows, as a share, that one threshold lets go with at least this precision."""
+        return coverage_at_precision(self.confidence, self.agree, precision)[0]
+
     def above(self, threshold: float) -> tuple[float, float]:
         """Share of rows whose confidence exceeds a threshold, and of those, that agree."""
         confident = self.confidence > threshold
         if not bool(confident.any()):
             return 0.0, float("nan")
         return confident.float().mean().item(), self.agree[confident].float().mean().item()
-
-
-def coverage_at_precision(drafts: Drafts, precision: float) -> tuple[float, float]:
-    """The most rows that one threshold can let go with at least this precision.
-
-    Returns:
-        share of rows above the threshold, and the threshold; (0, 1) where there is none.
-    """
-    if not len(drafts.confidence):
-        return 0.0, 1.0
-    order = drafts.confidence.argsort(descending=True)
-    confidence, agree = drafts.confidence[order], drafts.agree[order]
-    count = torch.arange(1, len(order) + 1)
-    good = agree.cumsum(0) >= precision * count
-    # A threshold takes all rows of equal confidence or none.
-    last_of_its_kind = torch.ones_like(good)
-    last_of_its_kind[:-1] = confidence[:-1] > confidence[1:]
-    places = (good & last_of_its_kind).nonzero().flatten()
-    if not len(places):
-        return 0.0, 1.0
-    place = int(places[-1])
-    threshold = confidence[place + 1].item() if place + 1 < len(order) else 0.0
-    return (place + 1) / len(order), threshold
 
 
 @torch.no_grad()
@@ -118,5 +100,5 @@ def figures(drafts: Drafts, prefix: str = "heldout") -> dict[str, float]:
     for name, part in [("", drafts), *((d, drafts.of(d)) for d in sorted(set(drafts.domain)))]:
         tag = f"{prefix}_{name}" if name else prefix
         found[f"{tag}_agreement"] = part.agreement
-        found[f"{tag}_coverage_at_precision_95"] = coverage_at_precision(part, 0.95)[0]
+        found[f"{tag}_coverage_at_precision_95"] = part.coverage(0.95)
     return found

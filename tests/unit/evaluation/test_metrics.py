@@ -11,7 +11,7 @@ import sacrebleu
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fathom.evaluation.agreement import agreement, coverage_at_precision
+from fathom.evaluation.agreement import agreement, coverage
 from fathom.evaluation.bootstrap import interval
 from fathom.evaluation.metrics import (
     Statistic,
@@ -134,11 +134,11 @@ def test_agreement_and_coverage_by_hand() -> None:
     drafts = [(0.9, True)] * 19 + [(0.8, False), (0.7, True), (0.7, False), (0.1, False)]
     assert agreement(drafts) == pytest.approx(20 / 23)
     # 19 of 20 are right above 0.7; a threshold cannot part the tie.
-    assert coverage_at_precision(drafts, 0.95) == pytest.approx(20 / 23)
-    assert coverage_at_precision(drafts, 1.0) == pytest.approx(19 / 23)
-    assert coverage_at_precision([(0.5, False)]) == 0
+    assert coverage(drafts, 0.95) == pytest.approx(20 / 23)
+    assert coverage(drafts, 1.0) == pytest.approx(19 / 23)
+    assert coverage([(0.5, False)]) == 0
     assert agreement([]) is None
-    assert coverage_at_precision([]) is None
+    assert coverage([]) is None
 
 
 @given(st.lists(st.tuples(st.sampled_from([0.1, 0.3, 0.6, 0.9]), st.booleans()), min_size=1))
@@ -148,4 +148,4 @@ def test_coverage_is_the_best_threshold(drafts: list[tuple[float, bool]]) -> Non
         leaving = [agrees for confidence, agrees in drafts if confidence > threshold]
         if leaving and sum(leaving) >= 0.75 * len(leaving):
             best = max(best, len(leaving) / len(drafts))
-    assert coverage_at_precision(drafts, 0.75) == pytest.approx(best)
+    assert coverage(drafts, 0.75) == pytest.approx(best)
