@@ -68,6 +68,7 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
             "max_model_len": info.max_model_len,
             "num_layers": info.num_layers,
             "exit_layer": info.exit_layer,
+            "exit_depth": info.exit_depth,
         }
 
     @app.get("/v1/models", response_model=None)

@@ -34,7 +34,8 @@ class ModelInfo:
     """What the API must know of the model to check requests.
 
     Attributes:
-        num_layers: L. exit_layer: k. max_model_len: longest prompt + completion, in tokens.
+        num_layers: L. exit_layer: k. exit_depth: layers behind a token that left early, which is
+            more than k where an adapter has exit layers. max_model_len: longest prompt + completion, in tokens.
         weights_digest: identifies the weights; the ``system_fingerprint`` of responses.
     """
 
@@ -43,6 +44,7 @@ class ModelInfo:
     vocab_size: int
     max_model_len: int
     weights_digest: str = ""
+    exit_depth: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,6 +69,7 @@ class LocalBackend:
             info=ModelInfo(
                 num_layers=info.num_layers,
                 exit_layer=info.exit_layer,
+                exit_depth=info.exit_depth,
                 vocab_size=info.vocab_size,
                 max_model_len=info.max_model_len,
                 weights_digest=info.weights_digest,

@@ -39,7 +39,7 @@ _EXAMPLES = """\
   fathom eval --tasks spec_bench --limit 10 --runs 3
 
 tasks: gsm8k (exact_match), dialogsum and scitldr (rougeL), multi30k (German to English, bleu),
-spec_bench (a row a category: depth and speed alone), choice or any of arc_easy_a, piqa, copa,
+spec_bench (a row a category: depth and speed alone), choice or any of arc_easy, piqa, copa,
 boolq, openbook_qa, winogrande (acc_norm, acc), wikitext2 (perplexity a token).
 
 Generation tasks also say how far a mode is from the full model, which holds where a task is beyond

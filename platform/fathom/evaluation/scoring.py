@@ -18,7 +18,7 @@ def measure_choices(session: Session, task: ChoiceTask, items: Sequence[ChoiceIt
     """Rows ``acc_norm`` and ``acc``.
 
     As lm-evaluation-harness defines them: ``acc`` takes the choice of the greatest log-likelihood,
-    ``acc_norm`` divides it by the choice's length in bytes first.
+    ``acc_norm`` divides it by the choice's length in characters first.
     """
     tokenizer = session.engine.tokenizer
     texts: list[Scored] = []
@@ -33,10 +33,10 @@ def measure_choices(session: Session, task: ChoiceTask, items: Sequence[ChoiceIt
     right_norm: list[float] = []
     for item in items:
         own_scores = [next(scores)[0] for _ in item.continuations]
-        lengths = [len(text.encode()) for text in item.continuations]
-        per_byte = [score / length for score, length in zip(own_scores, lengths, strict=True)]
+        lengths = [len(text) for text in item.continuations]
+        per_character = [score / length for score, length in zip(own_scores, lengths, strict=True)]
         right.append(float(own_scores.index(max(own_scores)) == item.gold))
-        right_norm.append(float(per_byte.index(max(per_byte)) == item.gold))
+        right_norm.append(float(per_character.index(max(per_character)) == item.gold))
     return [
         new_row(task.name, FULL, len(items), metric, interval(mean(values)))
         for metric, values in (("acc_norm", right_norm), ("acc", right))

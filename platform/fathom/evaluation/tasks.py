@@ -132,8 +132,8 @@ _ALL: tuple[Task, ...] = (
         parse=_spec_bench, new_tokens=128, metric=None,
     ),
     *(
-        ChoiceTask(name, f"choice/{name}.jsonl.gz")
-        for name in ("arc_easy_a", "piqa", "copa", "boolq", "openbook_qa", "winogrande")
+        ChoiceTask(name, f"choice/{'arc_easy_a' if name == 'arc_easy' else name}.jsonl.gz")
+        for name in ("arc_easy", "piqa", "copa", "boolq", "openbook_qa", "winogrande")
     ),
     PerplexityTask("wikitext2", "wikitext2/test.txt.gz"),
 )  # fmt: skip
