@@ -35,7 +35,8 @@ class ModelInfo:
 
     Attributes:
         num_layers: L. exit_layer: k. exit_depth: layers behind a token that left early, which is
-            more than k where an adapter has exit layers. max_model_len: longest prompt + completion, in tokens.
+            more than k where an adapter has exit layers.
+        max_model_len: longest prompt + completion, in tokens.
         weights_digest: identifies the weights; the ``system_fingerprint`` of responses.
     """
 
