@@ -122,11 +122,15 @@ def assemble(
     )
     deep_stage = wrap_deep(LocalDeepStage(deep))
 
+    identity = adapter.digest if adapter else ""
+    name = adapter.metadata.get("name", config.adapter) if adapter else ""
+    changes_model = adapter is not None and adapter.changes_model
+
+    # Not the adapter itself in here: its tensors have been packed into copies.
     def roots(salt: str, drafts: bool) -> tuple[KeyRoot, KeyRoot]:
-        identity = adapter.digest if adapter else ""
         # Low-rank changes touch every block. Exit layers touch those of the shallow stage, and
         # have keys and values only where a request drafts.
-        deep_adapter = identity if adapter and adapter.changes_model else ""
+        deep_adapter = identity if changes_model else ""
         shallow_adapter = identity if drafts and exit_layers else deep_adapter
         (a, b), (c, d) = split
         return (
@@ -146,7 +150,7 @@ def assemble(
     info = EngineInfo(
         model=config.model,
         num_layers=model.num_layers,
-        adapter=adapter.metadata.get("name", config.adapter) if adapter else "",
+        adapter=name,
         exit_layer=exit_layer,
         exit_depth=exit_layer + num_exit_layers,
         exit_vocab=model.vocab_size if head.token_ids is None else len(head.token_ids),

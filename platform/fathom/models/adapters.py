@@ -106,7 +106,8 @@ def read_adapter(path: str | Path) -> Adapter:
                     f"of Fathom reads format {FORMAT_VERSION!r}. Train it again."
                 )
             tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
         return _assemble(tensors, metadata, digest)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         if isinstance(error, ModelError):
