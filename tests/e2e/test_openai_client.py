@@ -166,9 +166,9 @@ def test_depths(openai: OpenAI, server: TestServer) -> None:
     answer = ask(openai, server, extra_body=body, seed=1)
     depths = extra(answer.choices[0], "depths")
     assert len(depths) == 24
-    assert set(depths) == {card.exit_layer, card.num_layers}
+    assert set(depths) == {card.exit_depth, card.num_layers}
     compute = compute_of(answer)
-    assert compute["exited"] == sum(depth == card.exit_layer for depth in depths)
+    assert compute["exited"] == sum(depth == card.exit_depth for depth in depths)
     assert compute["mean_depth"] == pytest.approx(sum(depths) / 24)
     assert compute["exit_rate"] == pytest.approx(compute["exited"] / 24)
     chunks = stream(openai, server, extra_body=body, seed=1)
