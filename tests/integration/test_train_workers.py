@@ -11,7 +11,7 @@ from fathom.models.adapters import read_adapter
 from fathom.training.examples import Example
 from fathom.training.exits import ExitTraining
 from fathom.training.model import Shape
-from fathom.training.trainer import TrainSettings
+from fathom.training.objective import TrainSettings
 from fathom.training.workers import train_on_workers
 from tests.ray_fixtures import TestServer
 from tests.tiny_models import tiny_model

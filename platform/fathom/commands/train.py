@@ -95,10 +95,16 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     add("--warmup", type=int, default=50, metavar="N", help="steps (default: 50)")
     add("--weight-decay", type=float, default=0.01, metavar="X")
     add("--deep-rate", type=float, default=1.0, metavar="X", help="on the rate of deep layers")
-    add("--kd", choices=("none", "last", "unif", "dyna"), default="none", help="FREE's losses")
+    add(
+        "--kd",
+        choices=("none", "last", "unif", "dyna", "logits"),
+        default="none",
+        help="FREE's on states, or the full path's probabilities",
+    )
     add("--kd-weight", type=float, default=0.5, metavar="X", help="its weight (default: 0.5)")
     add("--hold", type=float, default=0.0, metavar="X", help="weight of KL(original || tuned)")
     add("--no-deep-ce", action="store_true", help="train the full path by --hold alone")
+    add("--no-exit-loss", action="store_true", help="plain fine-tuning, to compare with")
     add("--layer-dropout", type=float, default=0.0, metavar="P", help="LayerSkip's p_max")
     add("--curriculum", type=float, default=0.0, metavar="X", help="share of steps (LayerSkip)")
     add("--check-every", type=int, default=100, metavar="N", help="steps between checks")
@@ -176,7 +182,7 @@ def _train(args: argparse.Namespace, examples: Any, heldout: Any) -> int:
 def _plan(args: argparse.Namespace) -> Any:
     from fathom.training.exits import ExitTraining
     from fathom.training.model import Shape
-    from fathom.training.trainer import TrainSettings
+    from fathom.training.objective import TrainSettings
 
     fields = TrainSettings.__dataclass_fields__
     settings = {name: getattr(args, name) for name in fields if hasattr(args, name)}
@@ -191,7 +197,9 @@ def _plan(args: argparse.Namespace) -> Any:
             lora_alpha=args.lora_alpha,
             head_adapter=not args.no_head_map,
         ),
-        settings=TrainSettings(**settings, deep_ce=not args.no_deep_ce),
+        settings=TrainSettings(
+            **settings, deep_ce=not args.no_deep_ce, exit_loss=not args.no_exit_loss
+        ),
         subset=args.subset,
         device=args.device,
         recompute=args.recompute,

@@ -21,7 +21,8 @@ from fathom.training.card import card
 from fathom.training.errors import TrainingError
 from fathom.training.examples import Batch, Example
 from fathom.training.model import ExitHead, ShallowDeep, Shape, fit_head
-from fathom.training.trainer import Trainer, TrainSettings
+from fathom.training.objective import Objective, TrainSettings
+from fathom.training.trainer import Trainer
 from fathom.training.validate import Drafts, deep_choices, draft, figures
 
 HELDOUT_EVERY = 20
@@ -90,13 +91,15 @@ def load_base(model: str, *, trained: bool, device: str) -> tuple[Any, Tokenizer
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
+    from fathom.training import attention  # registers itself
+
     disable_progress_bar()
     directory = resolve_model(model)
     try:
         base = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=torch.float32 if trained else torch.bfloat16,
-            attn_implementation="sdpa",
+            attn_implementation=attention.NAME,
             local_files_only=True,
         )
     except (OSError, ValueError) as error:
@@ -134,7 +137,8 @@ def train_exits(
 ) -> Outcome:
     """Train an adapter; a run that was interrupted goes on from ``work_dir``.
 
-    The state of the best agreement on held-out examples is what counts.
+    With frozen shared layers the state of the best agreement on held-out examples is kept,
+    otherwise the last one.
 
     Raises:
         ModelError, TrainingError: naming what cannot be used.
@@ -152,45 +156,49 @@ def train_exits(
     weight = model.lm_head.weight.detach()[token_ids].clone()
     batches = [batch.to(run.device) for batch in batches_of(heldout)]
     original = _original(run, directory) if run.settings.hold else None
-    trainer = Trainer(
+    objective = Objective(
         model,
-        train,
         run.settings,
         weight=weight,
         token_ids=token_ids,
         vocab_size=vocab_size,
-        work_dir=work_dir,
         original=original,
     )
+    trainer = Trainer(objective, train, work_dir=work_dir, device=run.device)
     if run.fit and run.shape.head_adapter and not trainer.has_checkpoint:
-        with trainer.autocast():
+        with objective.autocast():
             fit_head(model, _rows_to_fit(train, run.device))
-    choices = None if tunes else _choices(trainer, batches)
+    # A frozen full path chooses the same at every check.
+    choices = None if tunes else _choices(objective, batches)
 
-    def check() -> dict[str, float]:
-        with trainer.autocast():
-            own = deep_choices(model, batches) if choices is None else choices
-            drafts = draft(model, batches, own, weight, token_ids)
-        return figures(drafts)
+    def drafts_now() -> Drafts:
+        own = _choices(objective, batches) if choices is None else choices
+        with objective.autocast():
+            return draft(model, batches, own, weight, token_ids)
 
     best = work_dir / "best.pt"
-    trainer.run(check=check, on_best=lambda: _keep(model, best), log=log, show=show)
+    trainer.run(
+        check=lambda: figures(drafts_now()),
+        # Agreement with a full path that is trained too says nothing of that path's quality:
+        # there the last state counts.
+        on_best=(lambda: None) if tunes else (lambda: _keep(model, best)),
+        log=log,
+        show=show,
+    )
     if best.exists():
         kept = torch.load(best, weights_only=True, map_location=run.device)
         with torch.no_grad():
             for name, parameter in model.trained().items():
                 parameter.copy_(kept[name])
     model.eval()
-    with trainer.autocast():
-        own = deep_choices(model, batches) if choices is None else choices
-        drafts = draft(model, batches, own, weight, token_ids)
+    drafts = drafts_now()
     found = figures(drafts)
     notes = {
         "settings": asdict(run.settings),
         "shape": asdict(run.shape),
         "examples": len(train),
         "targets": sum(e.num_targets for e in train),
-        "best_step": trainer.progress.best_step,
+        "best_step": trainer.progress.step if tunes else trainer.progress.best_step,
         "heldout": {name: round(value, 4) for name, value in found.items()},
     }
     metadata = {
@@ -263,10 +271,9 @@ def _original(run: ExitTraining, directory: Path) -> Callable[[Batch, Tensor], T
     return states
 
 
-def _choices(trainer: Trainer, batches: Sequence[Batch]) -> list[Tensor]:
-    """The full path's choices at held-out rows, once, where it is frozen."""
-    with trainer.autocast():
-        return deep_choices(trainer.model, batches)
+def _choices(objective: Objective, batches: Sequence[Batch]) -> list[Tensor]:
+    with objective.autocast():
+        return deep_choices(objective.model, batches)
 
 
 def _rows_to_fit(train: Sequence[Example], device: str) -> list[Batch]:

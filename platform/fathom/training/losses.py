@@ -25,6 +25,21 @@ def subset_cross_entropy(logits: Tensor, labels: Tensor, outside: float) -> Tens
     return loss / max(len(labels), 1)
 
 
+def soft_cross_entropy(logits: Tensor, target: Tensor, outside: float) -> Tensor:
+    """Cross entropy to the full path's probabilities, mean over rows (Hinton et al., 2015).
+
+    Args:
+        logits: [n, subset] float32. target: [n, subset] float32 probabilities of the subset's
+            tokens; what a row lacks to 1 lies outside, and draws the head to the uniform
+            distribution with weight ``outside``, as in ``subset_cross_entropy``.
+    """
+    spread = logits.logsumexp(-1)
+    known = target.sum(-1)
+    inside = known * spread - (target * logits).sum(-1)
+    lost = (1 - known).clamp(min=0) * (spread - logits.mean(-1))
+    return (inside + outside * lost).mean()
+
+
 def weighted(shallow: Tensor, deep: Tensor, exit_layer: int, num_layers: int) -> Tensor:
     """(L_S CE_S + L_D CE_D) / (L_S + L_D): free.md, "Training loss"."""
     return (exit_layer * shallow + num_layers * deep) / (exit_layer + num_layers)

@@ -193,6 +193,13 @@ class ShallowDeep(nn.Module):
         result: Tensor = own + last.mlp(last.post_attention_layernorm(own))
         return result
 
+    def deep_states(self, shared: Tensor, rows: Tensor) -> Tensor:
+        """The deep path from ``shared_states`` on: [n, d] at the rows wanted, before the norm."""
+        rotary = self._rotary_of(shared)
+        for layer in self._layers[self.shape.exit_layer :]:
+            shared = self._run(layer, shared, rotary)
+        return shared[rows]
+
     def _rotary_of(self, hidden: Tensor) -> Any:
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         return self._rotary(hidden, position_ids=positions)

@@ -1,4 +1,4 @@
-"""The training loop: losses of a batch, steps, checkpoints that a killed run goes on from."""
+"""The training loop: steps, and checkpoints that a killed run goes on from."""
 
 from __future__ import annotations
 
@@ -11,52 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from fathom.training import losses
 from fathom.training.errors import TrainingError
-from fathom.training.examples import IGNORED, Batch, Example, groups_of_epoch
-from fathom.training.model import ShallowDeep, States
-
-KD_KINDS = ("none", "last", "unif", "dyna")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainSettings:
-    """How an exit is trained. A checkpoint belongs to one of these.
-
-    Attributes:
-        steps: optimizer steps. batch_tokens: tokens of a batch, fill included. accumulate: batches
-            a step. learning_rate: peak; warm-up over ``warmup`` steps, then cosine to a tenth.
-        deep_rate: factor on the learning rate of shared layers from the exit layer on.
-        kd, kd_weight: knowledge distillation of free.md and its alpha.
-        hold: weight of KL(original || current) on the full path.
-        deep_ce: whether the full path is trained on the labels too, as FREE does.
-        outside: weight of rows whose token the exit's subset lacks.
-        layer_dropout: LayerSkip's p_max, the rate at the last layer. curriculum: share of the
-            steps over which the exit wanders from the last layer down to the exit layer.
-        check_every: steps between checks on held-out rows. save_every_s: seconds between
-            checkpoints.
-    """
-
-    steps: int = 1000
-    batch_tokens: int = 4096
-    accumulate: int = 1
-    learning_rate: float = 1e-4
-    warmup: int = 50
-    weight_decay: float = 0.01
-    deep_rate: float = 1.0
-    kd: str = "none"
-    kd_weight: float = 0.5
-    hold: float = 0.0
-    deep_ce: bool = True
-    outside: float = 0.1
-    layer_dropout: float = 0.0
-    curriculum: float = 0.0
-    check_every: int = 100
-    save_every_s: float = 300.0
-    seed: int = 0
+from fathom.training.examples import Batch, Example, groups_of_epoch
+from fathom.training.model import ShallowDeep
+from fathom.training.objective import Objective, TrainSettings
 
 
 @dataclass(slots=True)
@@ -81,57 +42,41 @@ class Trainer:
     """Trains a ``ShallowDeep``.
 
     Args:
-        weight: [subset, d] LM-head rows that the exit scores; token_ids: [subset] their tokens.
-        original: gives the untouched model's final-normed states of a batch's rows; needed for
-            ``hold``.
-        work_dir: where checkpoints lie.
+        objective: holds the model and says what a batch's loss is.
+        device: where the model lies. work_dir: where checkpoints lie.
     """
 
     def __init__(
         self,
-        model: ShallowDeep,
+        objective: Objective,
         examples: Sequence[Example],
-        settings: TrainSettings,
         *,
-        weight: Tensor,
-        token_ids: Tensor,
-        vocab_size: int,
         work_dir: Path,
-        original: Callable[[Batch, Tensor], Tensor] | None = None,
+        device: str = "cpu",
     ) -> None:
-        if settings.kd not in KD_KINDS:
-            raise TrainingError(f"kd must be one of {', '.join(KD_KINDS)}, got {settings.kd!r}.")
-        if settings.hold and original is None:
-            raise TrainingError("hold needs the original model.")
-        self.model = model
-        self.settings = settings
+        self.model = objective.model
+        self.settings = settings = objective.settings
         self.progress = Progress()
+        self._objective = objective
         self._examples = examples
-        self._weight = weight
-        self._device = weight.device
+        self._device = device
         together = torch.distributed.is_available() and torch.distributed.is_initialized()
         self._rank = torch.distributed.get_rank() if together else 0
         self._world = torch.distributed.get_world_size() if together else 1
-        self._place = torch.full((vocab_size,), -1, device=weight.device)
-        self._place[token_ids] = torch.arange(len(token_ids), device=weight.device)
-        self._original = original
         self._file = work_dir / "checkpoint.pt"
         self._optimizer = torch.optim.AdamW(
-            _groups(model, settings), lr=settings.learning_rate, weight_decay=settings.weight_decay
+            _groups(self.model, settings),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
         )
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
         self._groups: list[list[int]] = []
         self._groups_epoch = -1
-        self._shared: dict[Example, Tensor] = {}
 
     @property
     def has_checkpoint(self) -> bool:
         """Whether ``run`` will go on from one."""
         return self._file.exists()
-
-    def autocast(self) -> torch.autocast:
-        """Matrix products in bfloat16; what needs float32 stays in it."""
-        return torch.autocast(self._device.type, torch.bfloat16)
 
     # Steps
 
@@ -188,7 +133,7 @@ class Trainer:
         figures: dict[str, float] = {}
         self._optimizer.zero_grad(set_to_none=True)
         for _ in range(self.settings.accumulate):
-            loss, parts = self._losses(self._next_batch())
+            loss, parts = self._objective.losses(self._next_batch(), self.progress.step)
             torch.autograd.backward(loss / self.settings.accumulate)
             for name, value in {"loss": loss, **parts}.items():
                 share = float(value.detach()) / self.settings.accumulate
@@ -242,101 +187,6 @@ class Trainer:
         group = self._groups[place]
         progress.position += 1
         return Batch.of([self._examples[index] for index in group]).to(self._device)
-
-    def _frozen_states(self, batch: Batch) -> Tensor:
-        """States after frozen shared layers, [batch, length, d]: kept from the first epoch on."""
-        missing = [e for e in batch.examples if e not in self._shared]
-        if missing:
-            fresh = Batch.of(missing).to(self._device)
-            for example, states in zip(
-                missing, self.model.shared_states(fresh.token_ids), strict=True
-            ):
-                self._shared[example] = states[: len(example.token_ids) - 1].clone()
-        return nn.utils.rnn.pad_sequence([self._shared[e] for e in batch.examples], True)
-
-    # Losses
-
-    def _losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        s, model = self.settings, self.model
-        rows = batch.labels != IGNORED
-        labels = batch.labels[rows]
-        deep = model.trains_shared
-        with self.autocast():
-            if deep:
-                states: States = model(
-                    batch.token_ids,
-                    rows,
-                    deep=True,
-                    keep=self._kept_layers(),
-                    skip=self._skipped_layers(),
-                    exit_at=self._exit_at(),
-                )
-            else:
-                exit_states = model.exit_states(self._frozen_states(batch), rows)
-                states = States(exit_states, {}, None)
-            logits = model.head(states.exit).to(self._weight.dtype) @ self._weight.T
-        shallow = losses.subset_cross_entropy(logits.float(), self._place[labels], s.outside)
-        parts = {"ce_shallow": shallow}
-        if not deep:
-            return shallow, parts
-        assert states.deep is not None
-        final = model.norm(states.deep)
-        loss = shallow
-        if s.deep_ce or s.hold:
-            with self.autocast():
-                scores = model.lm_head(final)
-        if s.deep_ce:
-            parts["ce_deep"] = nn.functional.cross_entropy(scores.float(), labels)
-            loss = losses.weighted(
-                shallow, parts["ce_deep"], model.shape.exit_layer, model.num_layers
-            )
-        if s.kd != "none":
-            parts["kd"] = self._kd(states, final)
-            loss = loss + s.kd_weight * parts["kd"]
-        if s.hold:
-            assert self._original is not None
-            with torch.no_grad(), self.autocast():
-                target = model.lm_head(self._original(batch, rows))
-            parts["hold"] = losses.hold(scores, target)
-            loss = loss + s.hold * parts["hold"]
-        return loss, parts
-
-    def _kd(self, states: States, final: Tensor) -> Tensor:
-        model, exit_layer = self.model, self.model.shape.exit_layer
-        if self.settings.kd == "last":
-            return losses.kd_last(model.head(states.exit), final)
-        normed = {layer: model.norm(h) for layer, h in states.layers.items()}
-        if self.settings.kd == "unif":
-            return losses.kd_unif(normed, exit_layer, model.num_layers)
-        return losses.kd_dyna(normed, range(1, exit_layer + 1))
-
-    def _kept_layers(self) -> Sequence[int]:
-        if self.settings.kd == "unif":
-            pairs = losses.unif_pairs(self.model.shape.exit_layer, self.model.num_layers)
-            return sorted({layer for pair in pairs for layer in pair})
-        return range(1, self.model.num_layers + 1) if self.settings.kd == "dyna" else ()
-
-    def _skipped_layers(self) -> frozenset[int]:
-        """LayerSkip's layer dropout: layer l of L is left out with p_max (e^(l ln2/(L-1)) - 1)."""
-        p_max, last = self.settings.layer_dropout, self.model.num_layers - 1
-        if not p_max:
-            return frozenset()
-        draws = torch.rand(last + 1, generator=self._generator(1)).tolist()
-        rates = [p_max * (math.exp(layer * math.log(2) / last) - 1) for layer in range(last + 1)]
-        return frozenset(i for i, (d, r) in enumerate(zip(draws, rates, strict=True)) if d < r)
-
-    def _exit_at(self) -> int:
-        """Early-exit curriculum: the exit starts at the last layer and wanders down to k."""
-        exit_layer, wander = self.model.shape.exit_layer, self.settings.curriculum
-        if not wander:
-            return exit_layer
-        done = min(1.0, self.progress.step / (wander * self.settings.steps))
-        return round(self.model.num_layers + (exit_layer - self.model.num_layers) * done)
-
-    def _generator(self, purpose: int) -> torch.Generator:
-        """Draws follow from the step, so that a run that goes on draws what it would have."""
-        seed = (self.settings.seed * 1_000_003 + self.progress.step) * 8 + purpose
-        return torch.Generator().manual_seed(seed)
 
     # Checkpoints
 

@@ -23,6 +23,23 @@ def test_cross_entropy_over_a_subset_quiets_what_it_cannot_know() -> None:
     )
 
 
+def test_soft_cross_entropy_is_the_plain_one_where_the_full_path_is_sure() -> None:
+    logits = torch.tensor([[2.0, 0.0, -1.0], [1.0, 3.0, 1.0]])
+    sure = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])  # the second row's lies outside
+    torch.testing.assert_close(
+        losses.soft_cross_entropy(logits, sure, 0.1),
+        losses.subset_cross_entropy(logits, torch.tensor([0, -1]), 0.1),
+    )
+
+
+def test_soft_cross_entropy_is_least_at_the_full_paths_own_logits() -> None:
+    logits = torch.randn(5, 7)
+    target = logits.softmax(-1)
+    least = losses.soft_cross_entropy(logits, target, 0.1)
+    torch.testing.assert_close(least, -(target * target.log()).sum(-1).mean())
+    assert losses.soft_cross_entropy(logits + torch.randn(5, 7), target, 0.1) > least
+
+
 def test_the_two_exits_are_weighted_by_their_depth() -> None:
     loss = losses.weighted(torch.tensor(6.0), torch.tensor(2.0), 10, 30)
     assert float(loss) == (10 * 6 + 30 * 2) / 40

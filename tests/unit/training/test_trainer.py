@@ -12,7 +12,8 @@ from fathom.training.errors import TrainingError
 from fathom.training.examples import Batch, Example
 from fathom.training.exits import ExitTraining, batches_of, export, train_exits
 from fathom.training.model import ShallowDeep, Shape
-from fathom.training.trainer import Trainer, TrainSettings
+from fathom.training.objective import Objective, TrainSettings
+from fathom.training.trainer import Trainer
 from tests.unit.training.conftest import VOCAB
 
 
@@ -27,16 +28,15 @@ def trainer_of(base, examples: list[Example], work_dir: Path, shape: Shape, **se
             return frozen.model(batch.token_ids).last_hidden_state[rows]
 
     settings = {"steps": 8, "batch_tokens": 128, "learning_rate": 3e-3, "warmup": 2, **settings}
-    return Trainer(
+    objective = Objective(
         model,
-        examples,
         TrainSettings(**settings),
         weight=model.lm_head.weight.detach().clone(),
         token_ids=torch.arange(VOCAB),
         vocab_size=VOCAB,
-        work_dir=work_dir,
         original=original,
     )
+    return Trainer(objective, examples, work_dir=work_dir)
 
 
 EXIT = Shape(exit_layer=1, exit_layers=1, tune="exit", head_adapter=True)
@@ -47,7 +47,7 @@ FULL = Shape(exit_layer=2, tune="full")
 @pytest.mark.parametrize(
     ("shape", "settings"),
     [
-        (EXIT, {}),
+        (EXIT, {"kd": "logits"}),
         (LORA, {"kd": "last", "hold": 0.5}),
         (LORA, {"kd": "unif", "layer_dropout": 0.3, "curriculum": 0.5}),
         (FULL, {"kd": "dyna", "accumulate": 2, "deep_rate": 0.1}),
@@ -91,6 +91,50 @@ def test_training_exits_leaves_the_full_path_as_it_was(base, examples, tmp_path:
     assert last < start
     for name, parameter in base.named_parameters():
         assert torch.equal(parameter, before[name]), name
+
+
+def test_kept_probabilities_are_those_of_a_whole_pass(base, examples, tmp_path: Path) -> None:
+    """A frozen trunk's soft targets, by way of its states, as a plain forward pass gives them."""
+    trainer = trainer_of(base, examples, tmp_path, EXIT, kd="logits", kd_weight=2.0)
+    objective, batch = trainer._objective, Batch.of(examples[:5])
+    rows = batch.labels != -100
+    with torch.no_grad():
+        total, parts = objective.losses(batch, 0)
+        again, _ = objective.losses(batch, 1)
+        logits = trainer.model.head(trainer.model(batch.token_ids, rows, deep=False).exit)
+        logits = logits @ trainer.model.lm_head.weight.T
+        target = base(batch.token_ids).logits[rows].softmax(-1)
+    expected = -(target * logits.log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(parts["kd"], expected, rtol=0.02, atol=0.02)  # bfloat16 products
+    torch.testing.assert_close(total, parts["ce_shallow"] + 2.0 * parts["kd"])
+    assert torch.equal(total, again)  # kept, not computed anew
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings", "message"),
+    [
+        (EXIT, {"exit_loss": False}, "nothing is left to train"),
+        (LORA, {"exit_loss": False, "deep_ce": False}, "nothing is left to train"),
+        (EXIT, {"kd": "dyna"}, "use logits there, or --tune lora"),
+        (LORA, {"kd": "best"}, "kd must be one of none, last, unif, dyna, logits, got 'best'"),
+    ],
+)
+def test_settings_that_contradict_the_shape_are_refused(
+    base, examples, tmp_path: Path, shape: Shape, settings: dict, message: str
+) -> None:
+    with pytest.raises(TrainingError, match=message):
+        trainer_of(base, examples, tmp_path, shape, **settings)
+
+
+def test_without_the_exits_loss_the_exit_stays_as_it_was(base, examples, tmp_path: Path) -> None:
+    shape = Shape(exit_layer=1, exit_layers=1, tune="lora", lora_rank=4, lora_alpha=8)
+    trainer = trainer_of(base, examples, tmp_path, shape, exit_loss=False)
+    before = {name: p.detach().clone() for name, p in trainer.model.trained().items()}
+    figures = [trainer.step() for _ in range(3)]
+    assert set(figures[0]) == {"loss", "ce_deep", "learning_rate"}
+    after = trainer.model.trained()
+    changed = {name for name, p in before.items() if not torch.equal(p, after[name])}
+    assert changed and all("lora_" in name for name in changed)
 
 
 def test_holding_keeps_the_full_path_nearer(base, examples, tmp_path: Path) -> None:
