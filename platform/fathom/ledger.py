@@ -20,7 +20,7 @@ class ModelCosts:
     """Unit costs of a model, split at its exit layer.
 
     Attributes:
-        layer_params: matmul parameters of one layer.
+        layer_params: matmul parameters of one layer. qkv_params: those of its projections.
         attention_width: heads * head_dim.
         kv_bytes: bytes of one token's keys and values in one layer.
         exit_layer, num_layers: k and L. exit_layers: M, those of the shallow path alone.
@@ -28,6 +28,7 @@ class ModelCosts:
     """
 
     layer_params: int
+    qkv_params: int
     attention_width: int
     kv_bytes: int
     exit_layer: int
@@ -85,6 +86,13 @@ class Ledger:
             account.flops += flops
             account.kv_bytes_written += layers * c.kv_bytes * rows
             account.kv_bytes_read += layers * c.kv_bytes * (start + rows)
+
+    def enter_copied_rows(self, page: ComputeUsage, rows: int) -> None:
+        """Enter rows whose keys and values in the deep layers were projected from one state."""
+        c = self.costs
+        for account in (page, self.total):
+            account.flops += 2 * c.qkv_params * c.deep_layers * rows
+            account.kv_bytes_written += c.kv_bytes * c.deep_layers * rows
 
     def enter_exit_head(self, page: ComputeUsage, rows: int) -> None:
         """Enter rows through the exit head."""

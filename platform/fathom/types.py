@@ -42,6 +42,7 @@ class AcceptMode(StrEnum):
     EXACT = "exact"  # drafts are held until verified: the output is the full model's
     ROLLBACK = "rollback"  # drafts are held; kept while -log p_deep(draft) <= rollback_nats
     FREE = "free"  # drafts leave at once and stay (the FREE paper)
+    COPY = "copy"  # like free, but deep KV is made from the exit state: CALM's, a baseline
 
 
 class PolicyName(StrEnum):
@@ -220,12 +221,20 @@ class ComputePolicy:
         """
         if self.exit_threshold is not None:
             return self.exit_threshold
-        return 0.9 if self.mode is AcceptMode.FREE else 0.5
+        return 0.5 if self.holds_drafts else 0.9
 
     @property
     def holds_drafts(self) -> bool:
         """Whether drafted tokens are held back until a flush has verified them."""
         return self.mode in (AcceptMode.EXACT, AcceptMode.ROLLBACK)
+
+    @property
+    def copies_states(self) -> bool:
+        """Whether the deep layers never run over drafted rows: their keys and values are projected
+        from the exit state, as if no layer changed it (CALM, Schuster et al. 2022). A sequence
+        that is preempted is recomputed at full depth.
+        """
+        return self.mode is AcceptMode.COPY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

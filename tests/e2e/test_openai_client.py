@@ -14,7 +14,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from tests.ray_fixtures import TestServer
 
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France? One sentence."}]
-MODES = ["full", "exact", "rollback", "free"]
+MODES = ["full", "exact", "rollback", "free", "copy"]
 
 
 def extra(choice: Any, name: str) -> Any:

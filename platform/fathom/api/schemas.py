@@ -46,7 +46,7 @@ class ComputeOptions(BaseModel):
     mode: Text | None = Field(
         None,
         description="What happens when the deep stage disagrees with a token that left early: "
-        "`full` (no early exits), `exact` (same output as `full`), `rollback`, `free`.",
+        "`full` (no early exits), `exact` (same output as `full`), `rollback`, `free`, `copy`.",
     )
     policy: Text | None = Field(
         None, description="What decides an exit: `never`, `always`, `threshold`, `forced`."

@@ -9,7 +9,7 @@ from typing import Any
 from fathom.config import DEFAULT_MODEL, DTYPES, EngineConfig
 from fathom.types import AcceptMode, ComputePolicy, InvalidRequest, PolicyName, SamplingParams
 
-MODE_HELP = "full and exact are lossless; rollback and free are lossy"
+MODE_HELP = "full and exact are lossless; rollback, free and copy (CALM's) are lossy"
 
 
 class UsageError(ValueError):

@@ -93,5 +93,5 @@ def judge(
                 residual = deep_probs
             token = sampling.draw(residual, draw_uniform(Draw.RESAMPLE))
             return Verdict(token, kept=False, agreed=False, deep_argmax=argmax)
-        case AcceptMode.FULL:
-            raise AssertionError("mode full makes no drafts")
+        case AcceptMode.FULL | AcceptMode.COPY:
+            raise AssertionError(f"mode {compute.mode} has no drafts to judge")

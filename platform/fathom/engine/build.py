@@ -108,6 +108,7 @@ def assemble(
     ledger = Ledger(
         ModelCosts(
             layer_params=decoder.layer_params,
+            qkv_params=decoder.config.qkv_params,
             attention_width=model.num_heads * model.head_dim,
             kv_bytes=2 * model.num_kv_heads * model.head_dim * decoder.dtype.itemsize,
             exit_layer=exit_layer,

@@ -23,17 +23,25 @@ class FlushItem:
             was cut by the engine and is overwritten.
         hidden: [rows, d] exit-layer hidden states.
         num_outputs: logits are wanted for this many of the last rows.
+        copied: leading rows that no layer runs over: their keys and values are projected from
+            ``hidden`` (CALM).
     """
 
     seq_id: int
     start: int
     hidden: torch.Tensor
     num_outputs: int
+    copied: int = 0
+
+    @property
+    def copied_rows(self) -> SequenceRows:
+        """The leading rows, which are copied."""
+        return SequenceRows(self.seq_id, self.start, self.copied)
 
     @property
     def rows(self) -> SequenceRows:
-        """The item's rows in a ragged batch."""
-        return SequenceRows(self.seq_id, self.start, len(self.hidden))
+        """The rows that the layers run over, in a ragged batch."""
+        return SequenceRows(self.seq_id, self.start + self.copied, len(self.hidden) - self.copied)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +102,19 @@ class LocalDeepStage:
         """Nothing to release."""
 
     def _logits(self, items: Sequence[FlushItem]) -> torch.Tensor:
-        hidden = items[0].hidden if len(items) == 1 else torch.cat([i.hidden for i in items])
-        out = self._stage.run(self._stage.plan([item.rows for item in items]), hidden)
+        if copying := [item for item in items if item.copied]:
+            states = torch.cat([item.hidden[: item.copied] for item in copying])
+            self._stage.copy_states([item.copied_rows for item in copying], states)
+        running = [item for item in items if item.rows.num_rows]
+        if not running:
+            return items[0].hidden.new_empty(0, self._stage.decoder.config.vocab_size)
+        parts = [item.hidden[item.copied :] for item in running]
+        hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
+        out = self._stage.run(self._stage.plan([item.rows for item in running]), hidden)
         wanted: list[int] = []
         row = 0
-        for item in items:
-            row += len(item.hidden)
+        for item in running:
+            row += item.rows.num_rows
             wanted += range(row - item.num_outputs, row)
         if len(wanted) < len(out):
             out = out[torch.tensor(wanted, dtype=torch.int64, device=out.device)]

@@ -23,7 +23,6 @@ from fathom.engine.text import DetokenizerFactory
 from fathom.engine.trace import TraceListener, record_of
 from fathom.ledger import Ledger
 from fathom.types import (
-    AcceptMode,
     FinishReason,
     InvalidRequest,
     Request,
@@ -190,11 +189,15 @@ class Engine:
             decision = seq.pending[-1]
             if decision.token is None:
                 continue
-            if seq.request.compute.mode is AcceptMode.FREE:
+            compute = seq.request.compute
+            if not compute.holds_drafts:
                 assert logits is not None
                 confirm(seq, decision.token, self.info.exit_depth, logits, self.ledger)
             # The end of the text, as drafted, goes to the deep stage at once.
             if seq.finish_reason or self._may_end(seq, decision.token):
+                seq.waiting = True
+            # No decision waits for the deep stage, but the stack must not grow without end.
+            if compute.copies_states and seq.num_drafts >= compute.max_stack:
                 seq.waiting = True
             self._report(seq)
 
@@ -235,7 +238,7 @@ class Engine:
         share, scored = answer.share, answer.share.scored
         if scored and share.seq.scores is not None:
             share.seq.scores.add(answer.logits[:scored])
-        if share.decisions:
+        if share.whole:
             self._accept(share.seq, answer.logits[scored:], answer.argmax[scored:])
 
     # Accept
@@ -250,7 +253,7 @@ class Engine:
             self._end_scored(seq)
             return
         compute, params = seq.request.compute, seq.request.sampling
-        pending, seq.pending = seq.pending, []
+        pending, seq.pending = seq.judged, []
         seq.waiting = False
         as_it_is = sampling.is_greedy(params) and sampling.is_plain(params)
         for decision, row, choice in zip(pending, logits, argmax, strict=True):

@@ -19,12 +19,13 @@ class Share:
     """A sequence's part in a flush.
 
     Attributes:
-        rows: of its stack that went. scored: outputs that score prompt tokens, before those for
-            decisions.
+        rows: of its stack that went. whole: whether that was all of it.
+        scored: outputs that score prompt tokens, before those for decisions.
     """
 
     seq: Completion
     rows: int
+    whole: bool
     scored: int
     decisions: int
 
@@ -75,17 +76,20 @@ class Flights:
             share = Share(
                 seq,
                 rows,
+                whole,
                 scored=seq.prompt_rows_due(seq.deep_len, rows),
-                decisions=len(seq.pending) if whole else 0,
+                decisions=len(seq.judged) if whole else 0,
             )
+            copied = len(seq.pending) - len(seq.judged) if whole else 0
             seq.stack = [] if whole else [stack[rows:]]
-            items.append(FlushItem(seq.seq_id, seq.deep_len, stack[:rows], share.outputs))
+            items.append(FlushItem(seq.seq_id, seq.deep_len, stack[:rows], share.outputs, copied))
             shares.append(share)
             seq.in_flight = True
+            self._ledger.enter_copied_rows(seq.compute, copied)
             self._ledger.enter_rows(
                 seq.compute,
-                start=seq.deep_len,
-                rows=rows,
+                start=seq.deep_len + copied,
+                rows=rows - copied,
                 first_decision=seq.num_prompt - 1,
                 layers=self._ledger.costs.deep_layers,
                 deep=True,

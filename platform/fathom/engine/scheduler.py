@@ -104,6 +104,8 @@ class Scheduler:
                 continue
             due = seq.shallow_len - seq.deep_len
             rows = min(due, budget)
+            if seq.request.compute.copies_states and due > len(seq.pending) > len(seq.judged):
+                rows = min(rows, due - len(seq.pending))  # what is computed, then what is copied
             if rows < due:  # the rows with decisions stay together, for the last part
                 rows = min(rows, due - len(seq.pending))
             if rows <= 0:
@@ -137,6 +139,8 @@ class Scheduler:
             return
         size = self.shallow_cache.block_size
         final = min(seq.shallow_len, seq.deep_len, seq.confirmed) // size
+        if seq.request.compute.copies_states:  # copied keys and values are nobody else's
+            final = min(final, seq.num_prompt // size)
         if final <= seq.published_blocks:
             return
         self._extend_keys(seq)

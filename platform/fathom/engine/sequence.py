@@ -127,6 +127,13 @@ class Sequence:
         """Drafted tokens that no flush has looked at."""
         return sum(decision.token is not None for decision in self.pending)
 
+    @property
+    def judged(self) -> list[Decision]:
+        """Pending decisions that the deep stage answers: all, unless drafts are never verified."""
+        if not self.request.compute.copies_states:
+            return self.pending
+        return [decision for decision in self.pending if decision.token is None]
+
     def prompt_rows_due(self, start: int, rows: int) -> int:
         """How many of the rows [start, start + rows) are wanted for the prompt's scores."""
         return 0 if self.scores is None else self.scores.rows_due(start, rows)

@@ -130,8 +130,9 @@ class ShallowStage:
         if not compute.drafts or seq.num_drafts >= compute.max_stack or not seq.max_tokens:
             return False
         # Held drafts cannot be shown before a flush: let the first token come as early as full
-        # depth can make it, with the prompt's own flush.
-        return not (compute.holds_drafts and seq.decided < seq.num_prompt)
+        # depth can make it, with the prompt's own flush. Nor is a prompt's row ever copied.
+        held = compute.holds_drafts or compute.copies_states
+        return not (held and seq.decided < seq.num_prompt)
 
     def _leave_to_deep_stage(self, seq: Sequence, confidence: float) -> None:
         seq.pending.append(Decision(seq.shallow_len - 1, None, confidence))

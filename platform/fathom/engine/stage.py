@@ -73,6 +73,21 @@ class Stage:
         own = self.exit_layers
         return self._layers(own, own.first, own.last, rows, hidden)
 
+    def copy_states(self, sequences: Sequence[SequenceRows], hidden: torch.Tensor) -> None:
+        """Fill the cache as if no layer of the stage changed the state (CALM).
+
+        Args:
+            sequences: as in ``plan``. hidden: [rows, d], output of the layer before the stage.
+        """
+        batch = RaggedBatch.build(sequences, self.cache)
+        self.decoder.project_kv(
+            hidden,
+            batch.positions,
+            self.first,
+            self.last,
+            lambda layer, kv: self.cache.write(layer - self.first, batch.slots, kv),
+        )
+
     def _layers(
         self, decoder: Decoder, first: int, last: int, rows: Pass, hidden: torch.Tensor
     ) -> torch.Tensor:

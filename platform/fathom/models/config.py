@@ -75,6 +75,11 @@ class ModelConfig:
         return self.hidden_size * (attention + 3 * self.intermediate_size)
 
     @property
+    def qkv_params(self) -> int:
+        """Weights of a layer's query, key and value projections."""
+        return self.hidden_size * (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    @property
     def head_params(self) -> int:
         """Weights that one row is multiplied with in the LM head."""
         return self.vocab_size * self.hidden_size

@@ -17,6 +17,9 @@ from fathom.models.config import ModelConfig
 from fathom.models.linear import MIN_PACKED_ROWS, Linear
 from fathom.models.rope import RotaryEmbedding, rotate_
 
+Store = Callable[[int, Tensor], None]
+"""``store(layer, kv)``: keeps keys and values, which are as in ``Attend``."""
+
 Attend = Callable[[int, Tensor, Tensor], Tensor]
 """``attend(layer, q, kv) -> out``: causal attention of one layer over the batch's rows.
 
@@ -143,6 +146,26 @@ class Decoder:
             hidden = self._layer(index, hidden, rows, cos, sin, attend)
         return hidden[:rows] if padding else hidden
 
+    @torch.inference_mode()
+    def project_kv(
+        self, hidden: Tensor, positions: Tensor, first: int, last: int, store: Store
+    ) -> None:
+        """Keys and values of layers [first, last) from one state: CALM's state copying.
+
+        Args:
+            hidden: [rows, d], taken for the input of each of the layers; not modified.
+            positions: int64 [rows]. store: see ``Store``.
+        """
+        rows = len(hidden)
+        padding = self._padding(rows)
+        if padding:
+            hidden = F.pad(hidden, (0, 0, 0, padding))
+            positions = F.pad(positions, (0, padding))
+        cos, sin = self.rotary(positions)
+        for index in range(first, last):
+            qkv = self._qkv(self.layers[index - self.first], hidden, cos, sin)
+            store(index, qkv[:rows, self.config.num_heads :])
+
     def _padding(self, rows: int) -> int:
         """Rows of zeros that a pass is filled up with."""
         return max(0, MIN_PACKED_ROWS - rows) if self._pads else 0
@@ -151,15 +174,8 @@ class Decoder:
         self, index: int, hidden: Tensor, rows: int, cos: Tensor, sin: Tensor, attend: Attend
     ) -> Tensor:
         """One layer; ``rows`` of the rows are the batch's, the rest padding."""
-        layer = self.layers[index - self.first]
-        heads, rotated = self.config.num_heads, self.config.num_heads + self.config.num_kv_heads
-
-        qkv = layer.qkv(self._rms_norm(hidden, layer.input_norm))
-        qkv = qkv.view(hidden.shape[0], -1, self.config.head_dim)
-        qk = qkv[:, :rotated]
-        if layer.qk_norm is not None:
-            qk.copy_(self._rms_norm(qk, layer.qk_norm))
-        rotate_(qk, cos, sin)
+        layer, heads = self.layers[index - self.first], self.config.num_heads
+        qkv = self._qkv(layer, hidden, cos, sin)
         attended = attend(index, qkv[:rows, :heads], qkv[:rows, heads:])
         if rows < len(hidden):
             attended = F.pad(attended, (0, 0, 0, len(hidden) - rows))
@@ -167,6 +183,17 @@ class Decoder:
 
         gate, up = layer.gate_up(self._rms_norm(hidden, layer.post_norm)).chunk(2, -1)
         return layer.down(F.silu(gate).mul_(up)).add_(hidden)
+
+    def _qkv(self, layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[rows, d] -> [rows, H + 2 * Hkv, D]: queries and keys rotated, then values."""
+        rotated = self.config.num_heads + self.config.num_kv_heads
+        qkv = layer.qkv(self._rms_norm(hidden, layer.input_norm))
+        qkv = qkv.view(hidden.shape[0], -1, self.config.head_dim)
+        qk = qkv[:, :rotated]
+        if layer.qk_norm is not None:
+            qk.copy_(self._rms_norm(qk, layer.qk_norm))
+        rotate_(qk, cos, sin)
+        return qkv
 
     def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         # Without a weight, F.rms_norm computes in float32 and rounds once; multiplying afterwards

@@ -49,7 +49,7 @@ def test_version(fathom: Fathom) -> None:
     [
         ("", "COMMAND"),
         ("nonsense", "invalid choice: 'nonsense'"),
-        ("generate --mode deep hi", "choose from full, exact, rollback, free"),
+        ("generate --mode deep hi", "choose from full, exact, rollback, free, copy"),
         ("generate --dtype int8 hi", "choose from float32, bfloat16, float16"),
         ("generate --exit-threshold 1.5 hi", "exit_threshold must be a number in [0, 1]"),
         ("generate --forced-exit-rate -1 hi", "forced_exit_rate must be a number in [0, 1]"),

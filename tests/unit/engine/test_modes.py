@@ -71,7 +71,7 @@ def test_full_depth_is_transformers_greedy_output(engine, oracle):
         assert done[str(i), 0].last.usage.compute.layers_per_token == NUM_LAYERS
 
 
-@pytest.mark.parametrize("mode", [AcceptMode.EXACT, AcceptMode.ROLLBACK, AcceptMode.FREE])
+@pytest.mark.parametrize("mode", [mode for mode in AcceptMode if mode is not AcceptMode.FULL])
 def test_never_exiting_is_full_depth(engine, mode):
     never = ComputePolicy(mode=mode, policy=PolicyName.NEVER)
     for prompt in PROMPTS:
@@ -190,6 +190,75 @@ def test_free_emits_what_the_papers_algorithm_emits(engine, decoder, items):
         ids, depths = PaperAlgorithm(decoder).generate(prompt, threshold, cap, 24)
         assert done[str(i), 0].ids == ids
         assert done[str(i), 0].depths == depths
+
+
+def calm(decoder: Decoder, prompt: list[int], threshold: float, n: int):
+    """CALM's state copying at one exit: a token at a time, every layer's own cache in turn."""
+    attend = ContiguousAttention(decoder.config.num_heads, decoder.config.num_kv_heads)
+
+    def layers(hidden, positions, first, last):
+        attend.set_rows([0] * len(positions), positions)
+        return decoder.run(hidden, torch.tensor(positions), first, last, attend)
+
+    tokens, ids, depths = list(prompt), [], []
+    hidden = decoder.embed(torch.tensor(prompt))
+    out = layers(hidden, list(range(len(prompt))), 0, NUM_LAYERS)
+    while True:
+        tokens.append(int(decoder.logits(out[-1:]).argmax()))
+        ids.append(tokens[-1])
+        depths.append(NUM_LAYERS)
+        while True:
+            if len(ids) == n:
+                return ids, depths
+            at = [len(tokens) - 1]
+            state = layers(decoder.embed(torch.tensor(tokens[-1:])), at, 0, EXIT_LAYER)
+            gap, best = softmax_gap(decoder.logits(state))
+            if float(gap) <= threshold:
+                out = layers(state, at, EXIT_LAYER, NUM_LAYERS)
+                break
+            for layer in range(EXIT_LAYER, NUM_LAYERS):
+                layers(state, at, layer, layer + 1)  # for its keys and values alone
+            tokens.append(int(best))
+            ids.append(tokens[-1])
+            depths.append(EXIT_LAYER)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    items=st.lists(
+        st.tuples(prompts, st.floats(0.0, 0.6), st.integers(1, 8)), min_size=1, max_size=5
+    )
+)
+def test_copy_emits_what_calm_emits(engine, decoder, items):
+    done = run(
+        engine,
+        [
+            request(
+                str(i),
+                prompt,
+                ComputePolicy(mode=AcceptMode.COPY, exit_threshold=threshold, max_stack=cap),
+            )
+            for i, (prompt, threshold, cap) in enumerate(items)
+        ],
+    )
+    for i, (prompt, threshold, _) in enumerate(items):
+        ids, depths = calm(decoder, prompt, threshold, 24)
+        assert done[str(i), 0].ids == ids
+        assert done[str(i), 0].depths == depths
+
+
+def test_copied_states_are_nobody_elses(make_engine):
+    """A later request must not find keys and values that no layer has computed."""
+    engine = make_engine(prefix_caching=True)
+    prompt = PROMPTS[3]
+    always = ComputePolicy(mode=AcceptMode.COPY, policy=PolicyName.ALWAYS)
+    copied = run_one(engine, request("a", prompt, always, max_tokens=40))
+    assert copied.last.usage.compute.drafted == 39
+    longer = prompt + copied.ids
+    found = run_one(engine, request("b", longer, FULL))
+    assert 0 < found.last.usage.cached_tokens <= len(prompt)
+    assert found.ids == run_one(make_engine(), request("c", longer, FULL)).ids
+    engine.check_integrity()
 
 
 def test_a_free_first_token_leaves_before_the_deep_prefill(engine):
