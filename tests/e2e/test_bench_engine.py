@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fathom.tuning.traces import read_trace
 from tests.command_line import Fathom
 
 FIGURES = [
@@ -40,9 +41,11 @@ def test_modes_and_a_peer(fathom: Fathom, tmp_path: Path, tiny_model: Path) -> N
         "bench", "engine", "--model", str(tiny_model), "--dtype", "float32", "--threads", "1",
         "--batch", "1,2", "--new-tokens", "16", "--num-prompts", "3", "--runs", "2",
         "--prompts", "in.jsonl", "--forced-exit-rate", "0.75", "--max-stack", "4",
-        "--vs", "transformers", "--json", "out.json",
+        "--vs", "transformers", "--json", "out.json", "--trace", "drafts.parquet",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+    drafts = read_trace(tmp_path / "drafts.parquet")
+    assert 0 < sum(drafts["exited"].to_pylist()) < len(drafts)
     report = json.loads((tmp_path / "out.json").read_text())
     rows = {(row["engine"], row["mode"], row["batch"]): row for row in report["rows"]}
     modes = ("full", "exact", "rollback", "free")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fathom.tuning.traces import read_trace
 from tests.command_line import COMMAND, Fathom, environment
 
 ROW = {
@@ -65,9 +66,12 @@ def test_generation_in_three_modes(
     result = fathom(
         "eval", "--tasks", "gsm8k,multi30k", "--modes", "free,exact", "--runs", "2",
         "--data", "multi30k=pairs.jsonl", "--forced-exit-rate", "0.5", "--limit", "4",
-        "--json", "out.json", *options, FATHOM_DATA=str(data),
+        "--json", "out.json", "--trace", "drafts.parquet", *options, FATHOM_DATA=str(data),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+    trace = read_trace(tmp_path / "drafts.parquet")
+    asked = set(trace["request"].to_pylist())
+    assert asked == {*(f"gsm8k/{i}" for i in range(4)), "multi30k/0", "multi30k/1"}
     report = json.loads((tmp_path / "out.json").read_text())
     rows = {(row["task"], row["mode"], row["metric"]): row for row in report["rows"]}
     for task, metric, n in (("gsm8k", "exact_match", 4), ("multi30k", "bleu", 2)):

@@ -24,6 +24,7 @@ from fathom.commands.options import (
     engine_values,
 )
 from fathom.commands.prompts import Prompt, check_lengths, encode_prompt, read_prompts
+from fathom.commands.tracing import add_trace_option, check_trace, traced
 from fathom.config import EngineConfig
 from fathom.types import AcceptMode, ComputePolicy
 
@@ -80,6 +81,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="default: 5")
     parser.add_argument("--vs", choices=("transformers",), help="a peer to measure beside it")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write meta and rows here")
+    add_trace_option(parser)
     add_compute_options(parser, mode=False)
     add_engine_options(parser)
 
@@ -94,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
     for name, value in (("--new-tokens", args.new_tokens), ("--runs", args.runs)):
         if value < 1:
             raise UsageError(f"{name} must be at least 1, got {value}.")
+    check_trace(args)
     policy = compute_policy(args)
     values = {"max_num_seqs": max(batches), **engine_values(args)}
     config = EngineConfig(compute=policy, prefix_caching=False, **values)
@@ -224,6 +227,11 @@ def _measure(
             row["differences"] = explain_differences(
                 engine, prompts, exact[-1].token_ids, full[-1].token_ids
             )
+    if args.trace is not None and not interrupted:
+        with traced(engine, args.trace):  # a pass of its own: tracing takes time
+            for contender in contenders:
+                if contender.engine == "fathom":
+                    contender.run(prompts, max(batches), args.new_tokens)
     meta["interrupted"] = interrupted
     if rows:
         title = f"{engine.info.model}, {engine.info.dtype}, {meta['threads']} threads"

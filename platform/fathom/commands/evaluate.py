@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import platform
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from fathom import __version__
 from fathom.commands.options import (
-    MODE_HELP,
     UsageError,
     add_command,
     add_compute_options,
@@ -22,11 +20,13 @@ from fathom.commands.options import (
     compute_policy,
     engine_values,
 )
+from fathom.commands.tracing import add_trace_option, check_trace, trace_file
 from fathom.config import EngineConfig
-from fathom.types import AcceptMode, ComputePolicy
+from fathom.types import ComputePolicy
 
 if TYPE_CHECKING:
     from fathom.engine.engine import Engine
+    from fathom.engine.trace import TraceListener
     from fathom.evaluation.partial import Partial
     from fathom.evaluation.run import Load
     from fathom.evaluation.session import Row, Session
@@ -35,8 +35,13 @@ _EXAMPLES = """\
   fathom eval --tasks gsm8k,dialogsum --modes full,exact,free --limit 100 --json out.json
   fathom eval --tasks gsm8k,dialogsum --modes full,exact,free --limit 100 --json out.json --resume
   fathom eval --tasks multi30k --data multi30k=pairs.jsonl --modes full,free --exit-threshold 0.8
+  fathom eval --tasks multi30k --modes free@0.6,copy@0.6,random,static --trace drafts.parquet
   fathom eval --tasks choice,wikitext2 --base
   fathom eval --tasks spec_bench --limit 10 --runs 3
+
+modes: full and exact are lossless; rollback, free and copy (CALM's state copying) are lossy; each
+alone or with its exit threshold (free@0.8). To compare with: static (every token leaves at the
+exit) and random (free, with exits drawn at the rate of the free before it).
 
 tasks: gsm8k (exact_match), dialogsum and scitldr (rougeL), multi30k (German to English, bleu),
 spec_bench (a row a category: depth and speed alone), choice or any of arc_easy, piqa, copa,
@@ -61,7 +66,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--tasks", metavar="LIST", help="what to evaluate, see below")
     parser.add_argument(
-        "--modes", metavar="LIST", help=f"{MODE_HELP}; full is always among them (default: "
+        "--modes", metavar="LIST", help="see below; full is always among them (default: "
         "full,exact,free)",
     )  # fmt: skip
     parser.add_argument(
@@ -86,6 +91,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write meta and rows here")
     parser.add_argument("--resume", action="store_true", help="go on with OUT.partial")
+    add_trace_option(parser)
     add_compute_options(parser, mode=False)
     add_engine_options(parser)
 
@@ -96,11 +102,21 @@ def run(args: argparse.Namespace) -> int:
     from fathom.evaluation.job import describe_job, is_complete
     from fathom.evaluation.partial import Partial
 
-    config, modes = _config(args), _modes(args)
+    config = _config(args)
+    try:
+        points = _points(args, config.compute)
+    except EvaluationError as error:
+        raise UsageError(str(error)) from error
     _check_numbers(args)
+    check_trace(args)
+    if args.trace is not None and (args.base or args.no_agreement):
+        raise UsageError(
+            "--trace writes what the pass over every token has seen, which --no-agreement and "
+            "--base leave out."
+        )
     loads = _loads(args)
     settings = {name: getattr(args, name) for name in ("limit", "new_tokens", "runs")}
-    job = describe_job(config, modes, loads, settings)
+    job = describe_job(config, list(points), loads, settings)
     path = None if args.json is None else args.json.with_name(args.json.name + ".partial")
     try:
         if path is not None and is_complete(args.json, path, job, resume=args.resume):
@@ -110,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     except EvaluationError as error:
         raise UsageError(str(error)) from error
     try:
-        return _measure(args, config, modes, loads, job, partial)
+        return _measure(args, config, points, loads, job, partial)
     except BaseException:
         if path is not None:
             if len(partial):
@@ -132,18 +148,17 @@ def _config(args: argparse.Namespace) -> EngineConfig:
     return config
 
 
-def _modes(args: argparse.Namespace) -> list[AcceptMode]:
+def _points(args: argparse.Namespace, compute: ComputePolicy) -> dict[str, ComputePolicy]:
+    from fathom.evaluation.points import read_points
+
     default = "full" if args.base else "full,exact,free"
     names = [name.strip() for name in (args.modes or default).split(",")]
-    for name in names:
-        if name not in list(AcceptMode):
-            raise UsageError(f"--modes must be a list of {', '.join(AcceptMode)}, got {name!r}.")
+    points = read_points(names, compute)
     if args.base and set(names) != {"full"}:
         raise UsageError(
             "--base has no exit head, so it has mode full alone; leave --modes or --base out."
         )
-    # Full depth first: the others are measured against it.
-    return [AcceptMode(name) for name in dict.fromkeys(["full", *names])]
+    return points
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -189,7 +204,7 @@ def _loads(args: argparse.Namespace) -> list[Load]:
 def _measure(
     args: argparse.Namespace,
     config: EngineConfig,
-    modes: Sequence[AcceptMode],
+    points: dict[str, ComputePolicy],
     loads: Sequence[Load],
     job: dict[str, Any],
     partial: Partial,
@@ -206,10 +221,10 @@ def _measure(
     notes = Console(stderr=True)
     with notes.status("loading the model and measuring its stages", refresh_per_second=2):
         engine = Engine.from_config(config)
-    policies = {mode.value: dataclasses.replace(config.compute, mode=mode) for mode in modes}
-    session, rows = _rows(
-        args, engine, policies, loads, partial, notes, max_num_seqs=config.max_num_seqs
-    )
+    with trace_file(engine, args.trace) as on_draft:
+        session, rows = _rows(
+            args, engine, points, loads, partial, notes, on_draft, max_num_seqs=config.max_num_seqs
+        )
     for each in loads:
         if cut := session.truncated.get(each.task.name):
             notes.print(f"{each.task.name}: {cut} texts were cut to fit into the context")
@@ -230,10 +245,11 @@ def _measure(
 def _rows(
     args: argparse.Namespace,
     engine: Engine,
-    policies: dict[str, ComputePolicy],
+    points: dict[str, ComputePolicy],
     loads: Sequence[Load],
     partial: Partial,
     notes: Any,
+    on_draft: TraceListener,
     *,
     max_num_seqs: int,
 ) -> tuple[Session, list[Row]]:
@@ -256,7 +272,7 @@ def _rows(
         session = Session(
             engine=engine,
             partial=partial,
-            policies=policies,
+            policies=points,
             runs=args.runs,
             # Enough for the slots to stay filled most of the time.
             block=4 * max_num_seqs,
@@ -264,6 +280,7 @@ def _rows(
             limit=args.limit,
             progress=progress,
             probe=None if args.no_agreement else traced_drafts,
+            on_draft=on_draft,
         )
         rows = [row for found in evaluate(session, loads) for row in found]
     return session, rows

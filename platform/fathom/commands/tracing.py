@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from fathom.commands.options import UsageError
 
 if TYPE_CHECKING:
     from fathom.engine.engine import Engine
+    from fathom.engine.trace import DraftRecord
 
 
 def add_trace_option(parser: Any) -> None:
@@ -35,10 +36,14 @@ def check_trace(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def traced(engine: Engine, path: Path | None) -> Iterator[None]:
-    """Trace an engine while the context lasts; without a path, do nothing."""
+def trace_file(engine: Engine, path: Path | None) -> Iterator[Callable[[DraftRecord], None]]:
+    """A trace that is open while the context lasts: what writes a record; nothing without a path.
+
+    Args:
+        engine: whose drafts they are; the file's metadata name it.
+    """
     if path is None:
-        yield
+        yield lambda record: None
         return
     from fathom.tuning.traces import TraceWriter
 
@@ -52,7 +57,17 @@ def traced(engine: Engine, path: Path | None) -> Iterator[None]:
         "num_layers": str(info.num_layers),
     }
     with TraceWriter(path, metadata) as writer:
-        engine.trace(writer.add)
+        yield writer.add
+
+
+@contextmanager
+def traced(engine: Engine, path: Path | None) -> Iterator[None]:
+    """Trace an engine while the context lasts; without a path, do nothing."""
+    if path is None:
+        yield
+        return
+    with trace_file(engine, path) as write:
+        engine.trace(write)
         try:
             yield
         finally:

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fathom.engine.trace import DraftRecord
 from fathom.exits.coverage import coverage_at_precision
 from fathom.types import Request
 
 if TYPE_CHECKING:
     from fathom.engine.engine import Engine
 
-Drafts = Sequence[tuple[float, bool]]
-"""Of each decision row: the draft's confidence, and whether the deep stage chooses the same."""
+Drafts = Sequence[DraftRecord]
+"""Of each decision row what the exit head drafted, and what the deep stage chose."""
 
 Probe = Callable[["Engine", Sequence[Request]], Drafts]
 """Runs the requests (mode full, greedy) with every row drafted and verified."""
@@ -26,13 +27,13 @@ Probe = Callable[["Engine", Sequence[Request]], Drafts]
 
 def agreement(drafts: Drafts) -> float | None:
     """Share of rows whose draft is the deep stage's choice; None without rows."""
-    return sum(agrees for _, agrees in drafts) / len(drafts) if drafts else None
+    return sum(draft.agrees for draft in drafts) / len(drafts) if drafts else None
 
 
 def coverage(drafts: Drafts, precision: float = 0.95) -> float | None:
     """See ``fathom.exits.coverage``: the share alone; None without rows."""
     if not drafts:
         return None
-    confidence = torch.tensor([each for each, _ in drafts])
-    agrees = torch.tensor([each for _, each in drafts])
+    confidence = torch.tensor([draft.confidence for draft in drafts])
+    agrees = torch.tensor([draft.agrees for draft in drafts])
     return coverage_at_precision(confidence, agrees, precision)[0]

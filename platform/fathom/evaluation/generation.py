@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 
 from fathom.api.usage import add_compute
 from fathom.bench.measure import median_ratio
-from fathom.evaluation.agreement import Drafts, agreement, coverage
+from fathom.engine.trace import DraftRecord
+from fathom.evaluation.agreement import agreement, coverage
 from fathom.evaluation.answers import Answer, generate, requests_for
 from fathom.evaluation.bootstrap import Interval, interval
 from fathom.evaluation.encode import Ids, Scored, encode_item
 from fathom.evaluation.metrics import bleu, exact_match, mean, ratio, rouge_l
+from fathom.evaluation.points import RANDOM, rate_giver
 from fathom.evaluation.session import FULL, Row, Session, blocks, new_row
 from fathom.evaluation.tasks import GenerationTask, Item
+from fathom.types import ComputePolicy
 
 NOTHING = Interval(None, None, None)
 
@@ -107,6 +110,8 @@ def _answer(
                     value = session.partial.get(key)
                     if value is None:
                         own = [prompts[i] for i in block]
+                        if mode == RANDOM:
+                            policy = _at_rate(session, measured, part, policy)
                         requests = requests_for(own, policy, new_tokens, first_seed=block[0])
                         answers, seconds = generate(session.engine, requests, advance)
                         value = {
@@ -126,30 +131,46 @@ def _answer(
     return measured
 
 
+def _at_rate(
+    session: Session, measured: Measured, part: Part, policy: ComputePolicy
+) -> ComputePolicy:
+    """Forced exits at the rate that the point before them has shown on this part so far."""
+    giver = rate_giver(session.policies)
+    assert giver is not None
+    answered = measured.answers[giver]
+    page = add_compute(answered[i].compute for i in part.places if i < len(answered))
+    return dataclasses.replace(policy, forced_exit_rate=page.exit_rate or 0.0)
+
+
 def _probe(
     session: Session,
     task: GenerationTask,
     prompts: Sequence[Ids],
     parts: Sequence[Part],
     new_tokens: int,
-) -> dict[str, list[tuple[float, bool]]]:
+) -> dict[str, list[DraftRecord]]:
     """Group -> every decision row's draft; empty without a probe, or where no mode drafts."""
-    found: dict[str, list[tuple[float, bool]]] = defaultdict(list)
+    found: dict[str, list[DraftRecord]] = defaultdict(list)
     if session.probe is None or not any(each.drafts for each in session.policies.values()):
         return found
     advance = session.progress(f"{task.name} agreement", len(prompts))
     for part in parts:
         for block in blocks(part.places, session.block):
             key = f"{task.name}/probe/{block[0]}"
-            pairs = session.partial.get(key)
-            if pairs is None:
+            values = session.partial.get(key)
+            if values is None:
                 own = [prompts[i] for i in block]
                 requests = requests_for(own, session.policies[FULL], new_tokens, block[0])
-                pairs = [(float(c), bool(a)) for c, a in session.probe(session.engine, requests)]
-                session.partial.put(key, pairs)
+                values = [dataclasses.asdict(r) for r in session.probe(session.engine, requests)]
+                for value in values:
+                    value["request_id"] = f"{task.name}/{block[int(value['request_id'])]}"
+                session.partial.put(key, values)
             for _ in block:
                 advance()
-            found[part.name] += [(confidence, agrees) for confidence, agrees in pairs]
+            records = [DraftRecord(**value) for value in values]
+            for record in records:
+                session.on_draft(record)
+            found[part.name] += records
     return found
 
 
@@ -176,20 +197,20 @@ def _figures(
     mode: str,
     part: Part,
     measured: Measured,
-    drafts: Mapping[str, Drafts],
+    drafts: Mapping[str, list[DraftRecord]],
 ) -> Figures:
     page = add_compute(measured.answers[mode][i].compute for i in part.places)
     own, full = (
         [_rate(measured, name, run, part) for run in range(session.runs)] for name in (mode, FULL)
     )
-    pairs: Drafts = []
+    records: list[DraftRecord] = []
     if session.policies[mode].drafts:
-        pairs = [pair for group in part.groups for pair in drafts.get(group, ())]
+        records = [record for group in part.groups for record in drafts.get(group, ())]
     return Figures(
-        agreement=agreement(pairs),
+        agreement=agreement(records),
         acceptance=page.acceptance_rate,
         exit_rate=page.exit_rate,
-        coverage_at_precision_95=coverage(pairs),
+        coverage_at_precision_95=coverage(records),
         layers_per_token=page.layers_per_token,
         tokens_per_s=own[0],
         speedup_over_full=median_ratio(own, full),

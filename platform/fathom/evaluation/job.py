@@ -16,7 +16,6 @@ from fathom.engine.info import EngineInfo
 from fathom.evaluation.bootstrap import CONFIDENCE, RESAMPLES
 from fathom.evaluation.errors import EvaluationError
 from fathom.evaluation.run import Load
-from fathom.types import AcceptMode
 
 _ENGINE = (
     "model",
@@ -32,7 +31,7 @@ _ENGINE = (
 
 def describe_job(
     config: EngineConfig,
-    modes: Sequence[AcceptMode],
+    points: Sequence[str],
     loads: Sequence[Load],
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -49,7 +48,7 @@ def describe_job(
             }
             for each in loads
         },
-        "modes": [mode.value for mode in modes],
+        "modes": list(points),
         **settings,
         "engine": {name: getattr(config, name) for name in _ENGINE},
         "compute": {**dataclasses.asdict(config.compute), "mode": None},

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from fathom.engine.trace import DraftRecord
 from fathom.evaluation.agreement import Drafts
 from fathom.evaluation.answers import generate
 from fathom.types import AcceptMode, ComputePolicy, PolicyName, Request
@@ -20,8 +21,8 @@ _ASK_ALL = ComputePolicy(mode=AcceptMode.FREE, policy=PolicyName.THRESHOLD, exit
 
 def traced_drafts(engine: Engine, requests: Sequence[Request]) -> Drafts:
     """Answer the requests at full depth, the exit head asked at each row; see ``Probe``."""
-    found: list[tuple[float, bool]] = []
-    engine.trace(lambda record: found.append((record.confidence, record.agrees)))
+    found: list[DraftRecord] = []
+    engine.trace(found.append)
     try:
         asking = [dataclasses.replace(request, compute=_ASK_ALL) for request in requests]
         generate(engine, asking, lambda: None)

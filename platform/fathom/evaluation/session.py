@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypedDict, TypeVar
 
+from fathom.engine.trace import TraceListener
 from fathom.evaluation.agreement import Probe
 from fathom.evaluation.answers import Advance, log_likelihoods
 from fathom.evaluation.bootstrap import Interval
@@ -75,23 +76,25 @@ class Session:
     """One evaluation.
 
     Attributes:
-        policies: of each mode; mode full comes first.
+        policies: of each point (``points.read_points``), under the name that its rows have.
         runs: how often every prompt is answered, for timing; the first run's answers count.
         block: prompts that are handed over together, timed and kept on disk as one.
         new_tokens, limit: None for each task's own length, and for all rows.
         progress: called with a label and a number of requests; gives what to call as one ends.
+        on_draft: told of every draft that the probe has seen; request ids are TASK/ITEM.
         truncated: task -> prompts that were too long for the context.
     """
 
     engine: Engine
     partial: Partial
-    policies: Mapping[str, ComputePolicy]
+    policies: dict[str, ComputePolicy]
     runs: int = 1
     block: int = 32
     new_tokens: int | None = None
     limit: int | None = None
     progress: Callable[[str, int], Advance]
     probe: Probe | None = None
+    on_draft: TraceListener = lambda record: None
     truncated: dict[str, int] = field(default_factory=dict)
 
     @property

@@ -8,6 +8,7 @@ import pytest
 
 from fathom.config import EngineConfig
 from fathom.engine.engine import Engine
+from fathom.engine.trace import DraftRecord
 from tests.tiny_models import tiny_model
 
 __all__ = ["tiny_model"]
@@ -27,3 +28,8 @@ def engine(tiny_model: Path) -> Engine:
             prefix_caching=False,
         )
     )
+
+
+def draft(confidence: float, agrees: bool) -> DraftRecord:
+    """What a probe tells of one row."""
+    return DraftRecord("0", 0, 3, 2, confidence, 0.1, 7, 7 if agrees else 8, False)

@@ -11,18 +11,21 @@ import torch
 import transformers
 
 from fathom.engine.engine import Engine
+from fathom.engine.trace import DraftRecord
 from fathom.evaluation.agreement import Drafts
 from fathom.evaluation.answers import generate, log_likelihoods, requests_for
 from fathom.evaluation.encode import Scored, encode_choice, encode_item, encode_windows
 from fathom.evaluation.errors import EvaluationError
 from fathom.evaluation.generation import measure_generation
 from fathom.evaluation.partial import Partial
+from fathom.evaluation.points import read_points
 from fathom.evaluation.probe import traced_drafts
 from fathom.evaluation.run import evaluate, load
 from fathom.evaluation.scoring import measure_choices
 from fathom.evaluation.session import Session
 from fathom.evaluation.tasks import TASKS, ChoiceItem, ChoiceTask, GenerationTask, Item
 from fathom.types import AcceptMode, ComputePolicy, PolicyName, Request
+from tests.unit.evaluation.conftest import draft
 
 MODES = {
     "full": ComputePolicy(mode=AcceptMode.FULL),
@@ -128,7 +131,7 @@ def test_rows_of_a_task_and_its_probe(engine: Engine) -> None:
 
     def probe(engine: Engine, requests) -> Drafts:
         asked.extend(requests)
-        return [(0.9, True), (0.2, False)]
+        return [draft(0.9, True), draft(0.2, False)]
 
     items = [Item(f"x:{i}", "gsm8k", f"{i}?", (f"#### {i}",)) for i in range(5)]
     session = session_of(engine, runs=2, new_tokens=8, probe=probe)
@@ -151,7 +154,56 @@ def test_the_engines_probe_asks_at_every_token(engine: Engine) -> None:
     answers, _ = generate(engine, requests, lambda: None)
     drafts = traced_drafts(engine, requests)
     assert len(drafts) == sum(len(answer.token_ids) for answer in answers)
-    assert all(0 <= confidence <= 1 for confidence, _ in drafts)
+    assert all(0 <= draft.confidence <= 1 for draft in drafts)
+
+
+def test_random_exits_come_at_the_rate_of_the_point_before(engine: Engine) -> None:
+    compute = ComputePolicy(policy=PolicyName.FORCED, forced_exit_rate=0.7)
+    points = read_points(["free", "random", "static"], compute)
+    items = [Item(f"x:{i}", "multi30k", f"{i}", ("a",)) for i in range(12)]
+    session = session_of(engine, new_tokens=24)
+    session.policies, session.block = points, 6
+    rows = measure_generation(session, generation("multi30k"), items)
+    rates = {row["mode"]: row["exit_rate"] for row in rows}
+    assert rates["random"] == pytest.approx(rates["free"], abs=0.1)
+    assert 0.5 < rates["free"] < 0.8
+    # The first of 24 tokens comes with the prompt at full depth, 4 layers; 23 leave after 2.
+    layers = {row["mode"]: row["layers_per_token"] for row in rows}
+    assert layers["static"] == pytest.approx((4 + 23 * 2) / 24)
+    assert rates["static"] == pytest.approx(23 / 24)
+
+
+def test_points_are_modes_at_thresholds() -> None:
+    points = read_points(["free@0.25", "exact", "copy"], ComputePolicy(max_stack=3))
+    assert list(points) == ["full", "free@0.25", "exact", "copy"]
+    assert points["free@0.25"].exit_threshold == 0.25
+    assert {point.max_stack for point in points.values()} == {3}
+    for names, message in (
+        (["deep"], "must be a list of full, exact, rollback, free, copy, static, random"),
+        (["free@2"], "threshold of 'free@2' must be a number from 0 to 1"),
+        (["random", "free"], "name free, or free@X, before it"),
+    ):
+        with pytest.raises(EvaluationError, match=message):
+            read_points(names, ComputePolicy())
+
+
+def test_the_trace_of_an_evaluation_is_whole_after_an_interruption(
+    engine: Engine, tmp_path: Path
+) -> None:
+    items = [Item(f"x:{i}", "multi30k", f"{i}", ("a",)) for i in range(5)]
+    task = generation("multi30k")
+    seen: list[list[DraftRecord]] = []
+    for _ in range(2):  # the second finds all that the first has kept
+        seen.append([])
+        partial = Partial(tmp_path / "partial", {})
+        session = session_of(
+            engine, partial, new_tokens=4, probe=traced_drafts, on_draft=seen[-1].append
+        )
+        rows = measure_generation(session, task, items)
+    assert seen[0] == seen[1]
+    assert {record.request_id for record in seen[0]} == {f"multi30k/{i}" for i in range(5)}
+    share = sum(record.agrees for record in seen[0]) / len(seen[0])
+    assert rows[-1]["agreement"] == share
 
 
 def test_what_is_kept_is_not_measured_again(engine: Engine, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from fathom.evaluation.metrics import (
     ratio,
     rouge_l,
 )
+from tests.unit.evaluation.conftest import draft
 
 
 def value(statistic: Statistic) -> float:
@@ -131,21 +132,22 @@ def test_nothing_has_no_interval() -> None:
 
 def test_agreement_and_coverage_by_hand() -> None:
     # 19 right ones, a wrong one, then a right one that ties with a wrong one, then a wrong one.
-    drafts = [(0.9, True)] * 19 + [(0.8, False), (0.7, True), (0.7, False), (0.1, False)]
+    pairs = [(0.9, True)] * 19 + [(0.8, False), (0.7, True), (0.7, False), (0.1, False)]
+    drafts = [draft(*pair) for pair in pairs]
     assert agreement(drafts) == pytest.approx(20 / 23)
     # 19 of 20 are right above 0.7; a threshold cannot part the tie.
     assert coverage(drafts, 0.95) == pytest.approx(20 / 23)
     assert coverage(drafts, 1.0) == pytest.approx(19 / 23)
-    assert coverage([(0.5, False)]) == 0
+    assert coverage([draft(0.5, False)]) == 0
     assert agreement([]) is None
     assert coverage([]) is None
 
 
 @given(st.lists(st.tuples(st.sampled_from([0.1, 0.3, 0.6, 0.9]), st.booleans()), min_size=1))
-def test_coverage_is_the_best_threshold(drafts: list[tuple[float, bool]]) -> None:
+def test_coverage_is_the_best_threshold(pairs: list[tuple[float, bool]]) -> None:
     best = 0.0
     for threshold in (-1.0, 0.1, 0.3, 0.6, 0.9):
-        leaving = [agrees for confidence, agrees in drafts if confidence > threshold]
+        leaving = [agrees for confidence, agrees in pairs if confidence > threshold]
         if leaving and sum(leaving) >= 0.75 * len(leaving):
-            best = max(best, len(leaving) / len(drafts))
-    assert coverage(drafts, 0.75) == pytest.approx(best)
+            best = max(best, len(leaving) / len(pairs))
+    assert coverage([draft(*pair) for pair in pairs], 0.75) == pytest.approx(best)
