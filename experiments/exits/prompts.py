@@ -3,8 +3,8 @@
     python -m experiments.exits.prompts --out data
 
 writes ``default.jsonl`` (prompts for ``fathom train exits --self-distill``), ``heldout.jsonl`` (the
-same, of test splits), and ``multi30k.jsonl`` with ``multi30k-heldout.jsonl`` (chats with their
-reference translations).
+same, of test splits), and for the task adapters ``multi30k.jsonl`` and ``scitldr.jsonl``, each with
+its ``-heldout.jsonl`` (chats with their references).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.datasets import read_rows
+from fathom.evaluation.tasks import TASKS, GenerationTask
 
 # General questions of our own making: the sets cover arithmetic, summaries, translation, facts.
 TOPICS = (
@@ -102,18 +103,15 @@ def heldout_prompts(count: int = 60) -> list[tuple[str, str]]:
     return math + [("spec_bench", row["turns"][0]) for row in spread]
 
 
-def translations(name: str, limit: int | None = None) -> list[dict[str, Any]]:
-    """Multi30k as chats: the prompt that ``fathom eval`` uses, and the reference."""
-    return [
-        {
-            "messages": [
-                {"role": "user", "content": "Translate German to English: " + row["de"]},
-                {"role": "assistant", "content": row["en"]},
-            ],
-            "domain": "multi30k",
-        }
-        for row in read_rows(name, limit)
-    ]
+def references(task: str, split: str, limit: int | None = None) -> list[dict[str, Any]]:
+    """A task's rows as chats: the prompt that ``fathom eval`` uses, and the first reference."""
+    found = TASKS[task]
+    assert isinstance(found, GenerationTask)
+    chats = []
+    for number, row in enumerate(read_rows(f"{task}/{split}.jsonl.gz", limit), 1):
+        item = found.parse(f"{task}/{split}:{number}", row)
+        chats.append(chat(task, found.template.format(text=item.text), item.references[0]))
+    return chats
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -122,9 +120,12 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     print(f"{path}: {len(rows)}")
 
 
-def chat(domain: str, text: str) -> dict[str, Any]:
-    """A prompt as a line of a prompt file."""
-    return {"messages": [{"role": "user", "content": text}], "domain": domain}
+def chat(domain: str, text: str, answer: str | None = None) -> dict[str, Any]:
+    """A prompt, perhaps with its answer, as a line of a prompt file."""
+    messages = [{"role": "user", "content": text}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": answer})
+    return {"messages": messages, "domain": domain}
 
 
 def main() -> None:
@@ -136,8 +137,10 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     write(args.out / "default.jsonl", [chat(*each) for each in training_prompts(args.seed)])
     write(args.out / "heldout.jsonl", [chat(*each) for each in heldout_prompts()])
-    write(args.out / "multi30k.jsonl", translations("multi30k/train.jsonl.gz"))
-    write(args.out / "multi30k-heldout.jsonl", translations("multi30k/valid.jsonl.gz", 200))
+    write(args.out / "multi30k.jsonl", references("multi30k", "train"))
+    write(args.out / "multi30k-heldout.jsonl", references("multi30k", "valid", 200))
+    write(args.out / "scitldr.jsonl", references("scitldr", "train"))
+    write(args.out / "scitldr-heldout.jsonl", references("scitldr", "dev", 60))
 
 
 if __name__ == "__main__":
