@@ -93,8 +93,11 @@ def _dialogsum(where: str, row: Mapping[str, Any]) -> Item:
 
 
 def _scitldr(where: str, row: Mapping[str, Any]) -> Item:
-    return Item(where, "scitldr", " ".join(_texts(where, row, "source")),
-                _texts(where, row, "target"))  # fmt: skip
+    sentences = row.get("source")
+    if isinstance(sentences, list):  # the data has blank ones among them
+        row = {**row, "source": [s for s in sentences if not isinstance(s, str) or s.strip()]}
+    text = " ".join(_texts(where, row, "source"))
+    return Item(where, "scitldr", text, _texts(where, row, "target"))
 
 
 def _multi30k(where: str, row: Mapping[str, Any]) -> Item:

@@ -35,6 +35,7 @@ def generation(name: str) -> GenerationTask:
         ("dialogsum", {"dialogue": "A: hi", "summary": "A greets."}, "A: hi", ("A greets.",)),
         ("scitldr", {"source": ["One.", "Two."], "target": ["a", "b"]}, "One. Two.", ("a", "b")),
         ("scitldr", {"source": "One.", "target": "a"}, "One.", ("a",)),
+        ("scitldr", {"source": ["One.", "  "], "target": "a"}, "One.", ("a",)),
         ("multi30k", {"de": "Hund", "en": "dog"}, "Hund", ("dog",)),
     ],
 )
