@@ -39,8 +39,8 @@ class LoadedWorker:
         from fathom.engine.engine import Engine
 
         self.engine = Engine.from_config(config)
-        for cache in (self.engine._scheduler.shallow_cache, self.engine._deep.cache):
-            cache.pool.fill_(0.5)
+        for stage in (self.engine._shallow._stage, self.engine._deep._stage):
+            stage.pool.data.fill_(0.5)
         return int(psutil.Process().memory_info().rss)
 
 

@@ -8,14 +8,18 @@ from typing import Protocol
 
 import torch
 
-from fathom.attention.paged_cache import PagedKVCache
+from fathom.attention.pool import KVPool
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceRows:
-    """A sequence's part of a ragged batch: rows at positions [start, start + num_rows)."""
+    """A sequence's part of a ragged batch: rows at positions [start, start + num_rows).
 
-    seq_id: int
+    Attributes:
+        blocks: of the pool, those of all positions up to the last.
+    """
+
+    blocks: Sequence[int]
     start: int
     num_rows: int
 
@@ -39,14 +43,16 @@ class RaggedBatch:
     slots: torch.Tensor
 
     @classmethod
-    def build(cls, sequences: Sequence[SequenceRows], cache: PagedKVCache) -> RaggedBatch:
-        """Lay out rows whose positions the cache already has room for."""
+    def build(cls, sequences: Sequence[SequenceRows], pool: KVPool) -> RaggedBatch:
+        """Lay out rows in a pool."""
+        size = pool.block_size
         positions: list[int] = []
         slots: list[int] = []
         for rows in sequences:
-            positions.extend(range(rows.start, rows.stop))
-            slots.extend(cache.slots(rows.seq_id, rows.start, rows.stop))
-        device = cache.pool.device
+            places = range(rows.start, rows.stop)
+            positions += places
+            slots += [rows.blocks[p // size] * size + p % size for p in places]
+        device = pool.data.device
         return cls(
             sequences,
             torch.tensor(positions, dtype=torch.int64, device=device),
@@ -82,6 +88,6 @@ class AttentionBackend(Protocol):
     ``plan`` runs once a pass, so that block tables and masks are laid out once for all layers.
     """
 
-    def plan(self, batch: RaggedBatch, cache: PagedKVCache, num_heads: int) -> Attend:
+    def plan(self, batch: RaggedBatch, pool: KVPool, num_heads: int) -> Attend:
         """Prepare one pass over ``batch``."""
         ...

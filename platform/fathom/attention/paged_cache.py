@@ -1,4 +1,4 @@
-"""The paged KV cache of one stage: a pool of blocks, and a block table for each sequence."""
+"""Whose keys and values lie in which block of a pool: a block table for each sequence."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
+from fathom.attention.backend import SequenceRows
 from fathom.attention.blocks import BlockAllocator
+from fathom.attention.pool import BlockStorage
 from fathom.kvstore.keys import BlockKey
 
 
@@ -19,48 +19,22 @@ class _Table:
 
 
 class PagedKVCache:
-    """Keys and values of a stage's layers for many sequences.
+    """Block tables of many sequences over one pool, with sharing and a prefix cache.
 
     Length counts positions with room in the table; writing them is the attention backend's job.
     Not thread-safe: one engine owns it.
 
     Args:
-        num_layers: layers of the stage. num_kv_heads, head_dim: of one layer.
         num_blocks: blocks of the pool, one of which is the null block of zeros.
         block_size: tokens a block.
-        dtype, device: of the pool. Memory: see ``block_bytes``.
-
-    Attributes:
-        pool: [num_layers, 2 * num_kv_heads, num_blocks * block_size, head_dim]; heads
-            [0, num_kv_heads) are keys, the rest values. Head-major, so that a gathered head is
-            contiguous for SDPA.
+        storage: where the blocks lie.
     """
 
-    def __init__(
-        self,
-        *,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-        num_blocks: int,
-        block_size: int,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-    ) -> None:
+    def __init__(self, num_blocks: int, block_size: int, storage: BlockStorage) -> None:
         self.block_size = block_size
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
-        shape = (num_layers, 2 * num_kv_heads, num_blocks * block_size, head_dim)
-        self.pool = torch.zeros(shape, dtype=dtype, device=device)
+        self._storage = storage
         self._allocator = BlockAllocator(num_blocks)
         self._tables: dict[int, _Table] = {}
-
-    @staticmethod
-    def block_bytes(
-        num_layers: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
-    ) -> int:
-        """Bytes of one block over all layers of a stage."""
-        return num_layers * 2 * num_kv_heads * head_dim * block_size * dtype.itemsize
 
     @property
     def num_usable_blocks(self) -> int:
@@ -143,7 +117,7 @@ class PagedKVCache:
         if self._last_block_is_foreign(table):
             source = table.blocks[-1]
             copy = self._allocator.allocate()
-            self._slots_of(copy).copy_(self._slots_of(source))
+            self._storage.copy_block(source, copy)
             self._allocator.release(source)
             table.blocks[-1] = copy
         while len(table.blocks) < self.blocks_for(length):
@@ -192,25 +166,12 @@ class PagedKVCache:
         # Last block first: leading blocks, which more prefixes share, are evicted later.
         for block in reversed(self._tables.pop(seq_id).blocks):
             if self._allocator.release(block) and scrub:
-                self._slots_of(block).zero_()
+                self._storage.zero_block(block)
 
-    def slots(self, seq_id: int, start: int, stop: int) -> list[int]:
-        """Pool slots of positions [start, stop)."""
-        blocks, size = self._tables[seq_id].blocks, self.block_size
-        return [blocks[p // size] * size + p % size for p in range(start, stop)]
-
-    def write(self, layer: int, slots: torch.Tensor, kv: torch.Tensor) -> None:
-        """Store keys and values of rows.
-
-        Args:
-            layer: index within the stage.
-            slots: [rows] int64. kv: [rows, 2 * num_kv_heads, head_dim], keys first.
-        """
-        self.pool[layer].index_copy_(1, slots, kv.transpose(0, 1))
-
-    def _slots_of(self, block: int) -> torch.Tensor:
-        start = block * self.block_size
-        return self.pool[:, :, start : start + self.block_size]
+    def rows(self, seq_id: int, start: int, num_rows: int) -> SequenceRows:
+        """A sequence's rows at positions [start, start + num_rows), which it has room for."""
+        blocks = self._tables[seq_id].blocks[: self.blocks_for(start + num_rows)]
+        return SequenceRows(blocks, start, num_rows)
 
     def _last_block_is_foreign(self, table: _Table) -> bool:
         partly_filled = table.length % self.block_size != 0

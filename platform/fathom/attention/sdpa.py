@@ -9,19 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from fathom.attention.backend import Attend, RaggedBatch, SequenceRows
 from fathom.attention.blocks import NULL_BLOCK
-from fathom.attention.paged_cache import PagedKVCache
+from fathom.attention.pool import KVPool
 
 _MAX_GROUPED_ROWS = 16
 """Sequences with more rows get a call of their own: padding would cost more than the call."""
 
 _MIN_SPLIT_LENGTH = 128
 """Below this many keys a group is never split by length: a call costs more than the padding."""
+
+
+class _Placed(NamedTuple):
+    """A sequence's rows, and which row of the batch is its first."""
+
+    first: int
+    rows: SequenceRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,27 +59,26 @@ class _Group:
 class SdpaBackend:
     """See the module's docstring. Works on every device that torch's SDPA does."""
 
-    def plan(self, batch: RaggedBatch, cache: PagedKVCache, num_heads: int) -> Attend:
+    def plan(self, batch: RaggedBatch, pool: KVPool, num_heads: int) -> Attend:
         """Prepare one pass: groups, block ids and masks."""
-        first_row: dict[int, int] = {}
-        row = 0
-        for rows in batch.sequences:
-            first_row[rows.seq_id] = row
-            row += rows.num_rows
-        heads_per_kv = num_heads // cache.num_kv_heads
+        counts = [rows.num_rows for rows in batch.sequences]
+        placed = [
+            _Placed(first, rows)
+            for first, rows in zip(accumulate(counts, initial=0), batch.sequences, strict=False)
+        ]
+        heads_per_kv = num_heads // pool.num_kv_heads
         groups = [
-            _plan_group(members, first_row, batch, cache, heads_per_kv)
-            for members in _partition(batch.sequences)
+            _plan_group(members, placed, pool, heads_per_kv) for members in _partition(placed)
         ]
         whole = len(groups) == 1 and groups[0].row_index is None
 
         def attend(layer: int, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-            cache.write(layer, batch.slots, kv)
+            pool.write(layer, batch.slots, kv)
             if whole:
-                return _attend_group(groups[0], layer, q, cache).reshape(len(q), -1)
+                return _attend_group(groups[0], layer, q, pool).reshape(len(q), -1)
             out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
             for group in groups:
-                padded = _attend_group(group, layer, q, cache)
+                padded = _attend_group(group, layer, q, pool)
                 if group.out_rows is None:
                     return padded.reshape(len(q), -1)
                 assert group.out_index is not None
@@ -80,48 +88,47 @@ class SdpaBackend:
         return attend
 
 
-def _partition(sequences: Sequence[SequenceRows]) -> list[list[SequenceRows]]:
+def _partition(placed: Sequence[_Placed]) -> list[list[_Placed]]:
     """Group sequences so that little is padded."""
-    groups = [[rows] for rows in sequences if rows.num_rows > _MAX_GROUPED_ROWS]
-    small = [rows for rows in sequences if rows.num_rows <= _MAX_GROUPED_ROWS]
+    groups = [[each] for each in placed if each.rows.num_rows > _MAX_GROUPED_ROWS]
+    small = [each for each in placed if each.rows.num_rows <= _MAX_GROUPED_ROWS]
     if not small:
         return groups
-    longest = max(rows.stop for rows in small)
-    if min(rows.stop for rows in small) * 2 >= longest or longest <= _MIN_SPLIT_LENGTH:
+    longest = max(each.rows.stop for each in small)
+    if min(each.rows.stop for each in small) * 2 >= longest or longest <= _MIN_SPLIT_LENGTH:
         return [*groups, small]
-    current: list[SequenceRows] = []
-    for rows in sorted(small, key=lambda r: -r.stop):
-        longest = current[0].stop if current else 0
-        if current and longest > _MIN_SPLIT_LENGTH and rows.stop * 2 < longest:
+    current: list[_Placed] = []
+    for each in sorted(small, key=lambda e: -e.rows.stop):
+        longest = current[0].rows.stop if current else 0
+        if current and longest > _MIN_SPLIT_LENGTH and each.rows.stop * 2 < longest:
             groups.append(current)
             current = []
-        current.append(rows)
+        current.append(each)
     return [*groups, current]
 
 
 def _plan_group(
-    members: Sequence[SequenceRows],
-    first_row: dict[int, int],
-    batch: RaggedBatch,
-    cache: PagedKVCache,
-    heads_per_kv: int,
+    members: Sequence[_Placed], placed: Sequence[_Placed], pool: KVPool, heads_per_kv: int
 ) -> _Group:
-    device, dtype = cache.pool.device, cache.pool.dtype
-    max_rows = max(rows.num_rows for rows in members)
-    max_keys = max(rows.stop for rows in members)
-    max_blocks = cache.blocks_for(max_keys)
+    device, dtype, size = pool.data.device, pool.data.dtype, pool.block_size
+    max_rows = max(each.rows.num_rows for each in members)
+    max_keys = max(each.rows.stop for each in members)
+    max_blocks = -(-max_keys // size)
     # A lone sequence is cut at its last key; a padded group keeps whole blocks.
-    num_keys = max_keys if len(members) == 1 else max_blocks * cache.block_size
+    num_keys = max_keys if len(members) == 1 else max_blocks * size
 
     blocks: list[int] = []
-    for rows in members:
-        table = cache.block_table(rows.seq_id)[: cache.blocks_for(rows.stop)]
+    for each in members:
+        table = list(each.rows.blocks[: -(-each.rows.stop // size)])
         blocks += table + [NULL_BLOCK] * (max_blocks - len(table))
 
     # Row r of a sequence sees keys [0, start + r]; padded rows see key 0, so that no softmax is
     # empty.
     last_seen = torch.tensor(
-        [[rows.start + r if r < rows.num_rows else 0 for r in range(max_rows)] for rows in members],
+        [
+            [each.rows.start + r if r < each.rows.num_rows else 0 for r in range(max_rows)]
+            for each in members
+        ],
         device=device,
     )
     mask = None
@@ -131,16 +138,13 @@ def _plan_group(
         mask.masked_fill_(hidden, float("-inf"))
         mask = mask.repeat_interleave(heads_per_kv, dim=1)[:, None]
 
-    is_whole = len(members) == len(batch.sequences) and all(
-        rows.num_rows == max_rows for rows in members
-    )
+    even = all(each.rows.num_rows == max_rows for each in members)
     row_index = out_index = out_rows = None
-    if not is_whole or list(members) != list(batch.sequences):
+    if not even or list(members) != list(placed):
         padded: list[int] = []
         places: list[int] = []
         rows_of: list[int] = []
-        for index, rows in enumerate(members):
-            first = first_row[rows.seq_id]
+        for index, (first, rows) in enumerate(members):
             padded += [first + r if r < rows.num_rows else 0 for r in range(max_rows)]
             places += [index * max_rows + r for r in range(rows.num_rows)]
             rows_of += range(first, first + rows.num_rows)
@@ -160,16 +164,16 @@ def _plan_group(
     )
 
 
-def _attend_group(group: _Group, layer: int, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
+def _attend_group(group: _Group, layer: int, q: torch.Tensor, pool: KVPool) -> torch.Tensor:
     """Attend for one group; returns [sequences * max_rows, num_heads, head_dim]."""
-    kv_heads, dim = cache.num_kv_heads, cache.head_dim
+    kv_heads, dim = pool.num_kv_heads, pool.head_dim
     heads = q.shape[1]
     if group.row_index is not None:
         q = q.index_select(0, group.row_index)
     # [B, rows, kv heads, heads a KV head, D] -> [B, kv heads, rows * heads a KV head, D]
     queries = q.view(group.num_sequences, group.max_rows, kv_heads, heads // kv_heads, dim)
     queries = queries.transpose(1, 2).reshape(group.num_sequences, kv_heads, -1, dim)
-    by_block = cache.pool[layer].view(2 * kv_heads, -1, cache.block_size * dim)
+    by_block = pool.data[layer].view(2 * kv_heads, -1, pool.block_size * dim)
     gathered = by_block.index_select(1, group.blocks)
     gathered = gathered.view(2 * kv_heads, group.num_sequences, -1, dim)[:, :, : group.num_keys]
     keys, values = gathered[:kv_heads].transpose(0, 1), gathered[kv_heads:].transpose(0, 1)

@@ -13,6 +13,7 @@ import torch
 
 from fathom.attention.backend import SequenceRows
 from fathom.attention.paged_cache import PagedKVCache
+from fathom.attention.pool import KVPool
 from fathom.attention.sdpa import SdpaBackend
 from fathom.config import ConfigError, EngineConfig
 from fathom.engine.costs import PROBE_ROWS, CostCurve, StageCosts
@@ -121,7 +122,10 @@ def assemble(
     costs = measure_stage_costs(
         decoder, head, exit_layer, config.block_size, config.max_num_batched_tokens, exit_layers
     )
-    deep_stage = wrap_deep(LocalDeepStage(deep))
+    shallow_cache = PagedKVCache(num_blocks, config.block_size, shallow.pool)
+    deep_stage = wrap_deep(
+        LocalDeepStage(deep, PagedKVCache(num_blocks, config.block_size, deep.pool))
+    )
 
     identity = adapter.digest if adapter else ""
     name = adapter.metadata.get("name", config.adapter) if adapter else ""
@@ -140,7 +144,7 @@ def assemble(
         )
 
     scheduler = Scheduler(
-        shallow=shallow.cache,
+        shallow=shallow_cache,
         deep=deep_stage.cache,
         roots=roots,
         max_rows=config.max_num_batched_tokens,
@@ -165,7 +169,7 @@ def assemble(
     )
     return Engine(
         info=info,
-        shallow=ShallowStage(shallow, head, ledger),
+        shallow=ShallowStage(shallow, shallow_cache, head, ledger),
         deep=deep_stage,
         scheduler=scheduler,
         ledger=ledger,
@@ -202,16 +206,15 @@ def measure_stage_costs(
     split = ((0, exit_layer), (exit_layer, decoder.config.num_layers))
     shallow = _stage(decoder, split[0], num_blocks, block_size, exit_layers)
     deep = _stage(decoder, split[1], num_blocks, block_size)
+    blocks_each = num_blocks // _PROBE_SEQUENCES
 
     def run(stage: Stage, rows: int, *, to_exit: bool = False) -> torch.Tensor:
         sequences = min(rows, _PROBE_SEQUENCES)
-        per_sequence = rows // sequences
         batch = []
-        for seq_id in range(sequences):
-            if seq_id not in stage.cache:
-                stage.cache.open(seq_id)
-            stage.cache.grow(seq_id, _PROBE_CONTEXT + per_sequence)
-            batch.append(SequenceRows(seq_id, _PROBE_CONTEXT, per_sequence))
+        for index in range(sequences):
+            first = 1 + index * blocks_each
+            blocks = range(first, first + blocks_each)
+            batch.append(SequenceRows(blocks, _PROBE_CONTEXT, rows // sequences))
         own = stage.plan(batch)
         out = stage.run(own, hidden[:rows])
         return stage.run_exit_layers(own, out) if to_exit else out
@@ -240,7 +243,7 @@ def _stage(
 ) -> Stage:
     """A stage with a pool of its own."""
     first, last = layers
-    cache = PagedKVCache(
+    pool = KVPool(
         num_layers=last - first + (len(exit_layers.layers) if exit_layers else 0),
         num_kv_heads=decoder.config.num_kv_heads,
         head_dim=decoder.config.head_dim,
@@ -249,7 +252,7 @@ def _stage(
         dtype=decoder.dtype,
         device=decoder.device,
     )
-    return Stage(decoder, first, last, cache, SdpaBackend(), exit_layers)
+    return Stage(decoder, first, last, pool, SdpaBackend(), exit_layers)
 
 
 def _return_freed_memory() -> None:
@@ -288,7 +291,7 @@ def _num_blocks(config: EngineConfig, decoder: Decoder, num_exit_layers: int) ->
     """Blocks of each stage's pool, as many as the memory holds."""
     model = decoder.config
     shape = (model.num_kv_heads, model.head_dim, config.block_size, decoder.dtype)
-    block_bytes = PagedKVCache.block_bytes(model.num_layers + num_exit_layers, *shape)
+    block_bytes = KVPool.block_bytes(model.num_layers + num_exit_layers, *shape)
     num_blocks = config.kv_cache_bytes // block_bytes
     if num_blocks < _MIN_BLOCKS:
         raise ConfigError(

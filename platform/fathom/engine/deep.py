@@ -14,13 +14,18 @@ from fathom.attention.paged_cache import PagedKVCache
 from fathom.engine.stage import Stage
 
 
+class DeepLost(ConnectionError):
+    """The deep stage is gone, and with it the deep keys and values of every sequence."""
+
+
 @dataclass(frozen=True, slots=True)
 class FlushItem:
     """One sequence's stack in a flush.
 
     Attributes:
-        start: position of the first row. Everything that the deep KV cache holds from there on
-            was cut by the engine and is overwritten.
+        blocks: of the deep KV pool, those of all positions up to the last row's.
+        start: position of the first row. Everything that the blocks hold from there on was cut by
+            the engine and is overwritten.
         hidden: [rows, d] exit-layer hidden states.
         num_outputs: logits are wanted for this many of the last rows.
         copied: leading rows that no layer runs over: their keys and values are projected from
@@ -28,6 +33,7 @@ class FlushItem:
     """
 
     seq_id: int
+    blocks: Sequence[int]
     start: int
     hidden: torch.Tensor
     num_outputs: int
@@ -36,12 +42,12 @@ class FlushItem:
     @property
     def copied_rows(self) -> SequenceRows:
         """The leading rows, which are copied."""
-        return SequenceRows(self.seq_id, self.start, self.copied)
+        return SequenceRows(self.blocks, self.start, self.copied)
 
     @property
     def rows(self) -> SequenceRows:
         """The rows that the layers run over, in a ragged batch."""
-        return SequenceRows(self.seq_id, self.start + self.copied, len(self.hidden) - self.copied)
+        return SequenceRows(self.blocks, self.start + self.copied, len(self.hidden) - self.copied)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,38 +90,41 @@ class DeepStage(Protocol):
 class LocalDeepStage:
     """The deep stage in this process: its answer is there when ``flush`` returns."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage, cache: PagedKVCache) -> None:
         self._stage = stage
+        self._cache = cache
 
     @property
     def cache(self) -> PagedKVCache:
-        """The stage's own cache."""
-        return self._stage.cache
+        """Block tables over the stage's own pool."""
+        return self._cache
 
     def flush(self, items: Sequence[FlushItem]) -> Future[FlushResult]:
         """See ``DeepStage.flush``."""
         answer: Future[FlushResult] = Future()
-        answer.set_result(FlushResult(self._logits(items)))
+        answer.set_result(FlushResult(run_flush(self._stage, items)))
         return answer
 
     def close(self) -> None:
         """Nothing to release."""
 
-    def _logits(self, items: Sequence[FlushItem]) -> torch.Tensor:
-        if copying := [item for item in items if item.copied]:
-            states = torch.cat([item.hidden[: item.copied] for item in copying])
-            self._stage.copy_states([item.copied_rows for item in copying], states)
-        running = [item for item in items if item.rows.num_rows]
-        if not running:
-            return items[0].hidden.new_empty(0, self._stage.decoder.config.vocab_size)
-        parts = [item.hidden[item.copied :] for item in running]
-        hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
-        out = self._stage.run(self._stage.plan([item.rows for item in running]), hidden)
-        wanted: list[int] = []
-        row = 0
-        for item in running:
-            row += item.rows.num_rows
-            wanted += range(row - item.num_outputs, row)
-        if len(wanted) < len(out):
-            out = out[torch.tensor(wanted, dtype=torch.int64, device=out.device)]
-        return self._stage.decoder.logits(out)
+
+def run_flush(stage: Stage, items: Sequence[FlushItem]) -> torch.Tensor:
+    """Run the items' rows through a stage; the logits of a ``FlushResult``."""
+    if copying := [item for item in items if item.copied]:
+        states = torch.cat([item.hidden[: item.copied] for item in copying])
+        stage.copy_states([item.copied_rows for item in copying], states)
+    running = [item for item in items if item.rows.num_rows]
+    if not running:
+        return items[0].hidden.new_empty(0, stage.decoder.config.vocab_size)
+    parts = [item.hidden[item.copied :] for item in running]
+    hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
+    out = stage.run(stage.plan([item.rows for item in running]), hidden)
+    wanted: list[int] = []
+    row = 0
+    for item in running:
+        row += item.rows.num_rows
+        wanted += range(row - item.num_outputs, row)
+    if len(wanted) < len(out):
+        out = out[torch.tensor(wanted, dtype=torch.int64, device=out.device)]
+    return stage.decoder.logits(out)

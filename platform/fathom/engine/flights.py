@@ -82,7 +82,12 @@ class Flights:
             )
             copied = len(seq.pending) - len(seq.judged) if whole else 0
             seq.stack = [] if whole else [stack[rows:]]
-            items.append(FlushItem(seq.seq_id, seq.deep_len, stack[:rows], share.outputs, copied))
+            place = self._deep.cache.rows(seq.seq_id, seq.deep_len, rows)
+            items.append(
+                FlushItem(
+                    seq.seq_id, place.blocks, place.start, stack[:rows], share.outputs, copied
+                )
+            )
             shares.append(share)
             seq.in_flight = True
             self._ledger.enter_copied_rows(seq.compute, copied)

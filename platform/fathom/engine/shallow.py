@@ -7,6 +7,7 @@ from collections.abc import Sequence as Rows
 import torch
 
 from fathom.attention.backend import SequenceRows
+from fathom.attention.paged_cache import PagedKVCache
 from fathom.engine import sampling
 from fathom.engine.random import Draw, uniform
 from fathom.engine.scheduler import ShallowWork
@@ -26,8 +27,9 @@ class ShallowStage:
         traced: whether decisions note the head's best token and entropy.
     """
 
-    def __init__(self, stage: Stage, head: ExitHead, ledger: Ledger) -> None:
+    def __init__(self, stage: Stage, cache: PagedKVCache, head: ExitHead, ledger: Ledger) -> None:
         self._stage = stage
+        self._cache = cache
         self._head = head
         self._ledger = ledger
         self.traced = False
@@ -45,7 +47,7 @@ class ShallowStage:
         for item in work:
             seq, start = item.seq, item.seq.shallow_len
             ids += seq.tokens[start : start + item.num_rows]
-            rows.append(SequenceRows(seq.seq_id, start, item.num_rows))
+            rows.append(self._cache.rows(seq.seq_id, start, item.num_rows))
             self._ledger.enter_rows(
                 seq.compute,
                 start=start,

@@ -1,4 +1,4 @@
-"""One stage in this process: a layer range, its paged KV cache and its attention backend."""
+"""One stage in this process: a layer range, its KV pool and its attention backend."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fathom.attention.backend import Attend, AttentionBackend, RaggedBatch, SequenceRows
-from fathom.attention.paged_cache import PagedKVCache
+from fathom.attention.pool import KVPool
 from fathom.models.decoder import Decoder
 
 
@@ -24,9 +24,9 @@ class Stage:
     """Runs layers [first, last) over ragged rows.
 
     Attributes:
-        cache: the stage's KV cache; who schedules the rows makes room in it first.
+        pool: keys and values. Who schedules the rows says which blocks are whose.
         exit_layers: layers [last, last + M) of the shallow path alone, or None. Their keys and
-            values lie in the same cache, behind those of the stage's own layers.
+            values lie in the same pool, behind those of the stage's own layers.
     """
 
     def __init__(
@@ -34,14 +34,14 @@ class Stage:
         decoder: Decoder,
         first: int,
         last: int,
-        cache: PagedKVCache,
+        pool: KVPool,
         backend: AttentionBackend,
         exit_layers: Decoder | None = None,
     ) -> None:
         self.decoder = decoder
         self.first = first
         self.last = last
-        self.cache = cache
+        self.pool = pool
         self.exit_layers = exit_layers
         self._backend = backend
 
@@ -49,10 +49,10 @@ class Stage:
         """Lay out the rows of a pass, once for all layers.
 
         Args:
-            sequences: which rows belong to whom, in row order; the cache has room for them.
+            sequences: which rows belong to whom, in row order.
         """
-        batch = RaggedBatch.build(sequences, self.cache)
-        attend = self._backend.plan(batch, self.cache, self.decoder.config.num_heads)
+        batch = RaggedBatch.build(sequences, self.pool)
+        attend = self._backend.plan(batch, self.pool, self.decoder.config.num_heads)
         return Pass(batch.positions, attend)
 
     def run(self, rows: Pass, hidden: torch.Tensor) -> torch.Tensor:
@@ -74,18 +74,18 @@ class Stage:
         return self._layers(own, own.first, own.last, rows, hidden)
 
     def copy_states(self, sequences: Sequence[SequenceRows], hidden: torch.Tensor) -> None:
-        """Fill the cache as if no layer of the stage changed the state (CALM).
+        """Fill the pool as if no layer of the stage changed the state (CALM).
 
         Args:
             sequences: as in ``plan``. hidden: [rows, d], output of the layer before the stage.
         """
-        batch = RaggedBatch.build(sequences, self.cache)
+        batch = RaggedBatch.build(sequences, self.pool)
         self.decoder.project_kv(
             hidden,
             batch.positions,
             self.first,
             self.last,
-            lambda layer, kv: self.cache.write(layer - self.first, batch.slots, kv),
+            lambda layer, kv: self.pool.write(layer - self.first, batch.slots, kv),
         )
 
     def _layers(

@@ -8,16 +8,18 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from fathom.attention.backend import RaggedBatch
 from fathom.attention.blocks import NULL_BLOCK
 from fathom.attention.paged_cache import PagedKVCache
+from fathom.attention.pool import KVPool
 from fathom.kvstore.keys import KeyRoot, extend_keys
 
 BLOCK = 4
 ROOT = KeyRoot("weights", "", 0, 2, "float32", "")
 
 
-def make_cache(num_blocks: int = 12) -> PagedKVCache:
-    return PagedKVCache(
+def make_pool(num_blocks: int = 12) -> KVPool:
+    return KVPool(
         num_layers=2,
         num_kv_heads=1,
         head_dim=2,
@@ -25,6 +27,14 @@ def make_cache(num_blocks: int = 12) -> PagedKVCache:
         block_size=BLOCK,
         dtype=torch.float32,
     )
+
+
+def make_cache(num_blocks: int = 12) -> PagedKVCache:
+    return PagedKVCache(num_blocks, BLOCK, make_pool(num_blocks))
+
+
+def slots(cache: PagedKVCache, pool: KVPool, seq_id: int, start: int, stop: int) -> torch.Tensor:
+    return RaggedBatch.build([cache.rows(seq_id, start, stop - start)], pool).slots
 
 
 def content(tokens: list[int], position: int) -> torch.Tensor:
@@ -38,7 +48,8 @@ class PagedAgainstContiguous(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.cache = make_cache()
+        self.pool = make_pool()
+        self.cache = PagedKVCache(self.pool.num_blocks, BLOCK, self.pool)
         self.tokens: dict[int, list[int]] = {}
         self.next_id = 0
 
@@ -51,11 +62,11 @@ class PagedAgainstContiguous(RuleBasedStateMachine):
 
     def write(self, seq_id: int, start: int) -> None:
         tokens = self.tokens[seq_id]
-        slots = torch.tensor(self.cache.slots(seq_id, start, len(tokens)), dtype=torch.int64)
+        places = slots(self.cache, self.pool, seq_id, start, len(tokens))
         for layer in range(2):
             rows = [content(tokens, p)[layer] for p in range(start, len(tokens))]
             if rows:
-                self.cache.write(layer, slots, torch.stack(rows))
+                self.pool.write(layer, places, torch.stack(rows))
 
     @rule(tokens=st.lists(st.integers(0, 2), min_size=1, max_size=14))
     def open_with_prefix(self, tokens: list[int]) -> None:
@@ -120,10 +131,10 @@ class PagedAgainstContiguous(RuleBasedStateMachine):
     def holds_what_contiguous_caches_would(self) -> None:
         for seq_id, tokens in self.tokens.items():
             assert self.cache.length(seq_id) == len(tokens)
-            slots = self.cache.slots(seq_id, 0, len(tokens))
-            for position, slot in enumerate(slots):
+            places = slots(self.cache, self.pool, seq_id, 0, len(tokens))
+            for position, slot in enumerate(places):
                 expected = content(tokens, position)
-                assert torch.equal(self.cache.pool[:, :, slot], expected), (seq_id, position)
+                assert torch.equal(self.pool.data[:, :, slot], expected), (seq_id, position)
 
     @invariant()
     def counts_add_up(self) -> None:
@@ -131,7 +142,7 @@ class PagedAgainstContiguous(RuleBasedStateMachine):
 
     @invariant()
     def the_null_block_stays_zero(self) -> None:
-        assert not self.cache.pool[:, :, NULL_BLOCK * BLOCK : (NULL_BLOCK + 1) * BLOCK].any()
+        assert not self.pool.data[:, :, NULL_BLOCK * BLOCK : (NULL_BLOCK + 1) * BLOCK].any()
 
 
 TestPagedAgainstContiguous = PagedAgainstContiguous.TestCase
@@ -170,12 +181,13 @@ def test_the_least_recently_used_prefix_is_evicted_first():
 
 
 def test_scrubbing_leaves_no_non_finite_value_behind():
-    cache = make_cache()
+    pool = make_pool()
+    cache = PagedKVCache(pool.num_blocks, BLOCK, pool)
     cache.open(1)
     cache.grow(1, 6)
-    cache.write(0, torch.tensor(cache.slots(1, 0, 6)), torch.full((6, 2, 2), torch.nan))
+    pool.write(0, slots(cache, pool, 1, 0, 6), torch.full((6, 2, 2), torch.nan))
     cache.free(1, scrub=True)
-    assert torch.isfinite(cache.pool).all()
+    assert torch.isfinite(pool.data).all()
 
 
 def test_opening_twice_and_forking_too_far_are_refused():

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fathom.attention.backend import RaggedBatch, SequenceRows
+from fathom.attention.backend import RaggedBatch
 from fathom.attention.paged_cache import PagedKVCache
+from fathom.attention.pool import KVPool
 from fathom.attention.sdpa import SdpaBackend
 from tests.unit.reference_attention import ContiguousAttention
 
@@ -24,7 +25,7 @@ def run_both(
         passes: for each pass (sequence, rows) pairs.
     """
     torch.manual_seed(0)
-    cache = PagedKVCache(
+    pool = KVPool(
         num_layers=1,
         num_kv_heads=KV_HEADS,
         head_dim=DIM,
@@ -32,6 +33,7 @@ def run_both(
         block_size=4,
         dtype=dtype,
     )
+    cache = PagedKVCache(400, 4, pool)
     oracle = ContiguousAttention(heads, KV_HEADS)
     lengths: dict[int, int] = {}
     paged = contiguous = torch.empty(0)
@@ -43,14 +45,14 @@ def run_both(
             start = lengths.get(seq_id, 0)
             lengths[seq_id] = start + count
             assert cache.grow(seq_id, start + count)
-            batch.append(SequenceRows(seq_id, start, count))
+            batch.append(cache.rows(seq_id, start, count))
         total = sum(count for _, count in rows)
         q = torch.randn(total, heads, DIM).to(dtype)
         kv = torch.randn(total, 2 * KV_HEADS, DIM).to(dtype)
-        ragged = RaggedBatch.build(batch, cache)
-        paged = SdpaBackend().plan(ragged, cache, heads)(0, q, kv)
+        ragged = RaggedBatch.build(batch, pool)
+        paged = SdpaBackend().plan(ragged, pool, heads)(0, q, kv)
         oracle.set_rows(
-            [r.seq_id for r in batch for _ in range(r.num_rows)], ragged.positions.tolist()
+            [seq_id for seq_id, count in rows for _ in range(count)], ragged.positions.tolist()
         )
         contiguous = oracle(0, q, kv)
     return paged, contiguous
