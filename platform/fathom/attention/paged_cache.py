@@ -36,6 +36,11 @@ class PagedKVCache:
         self._allocator = BlockAllocator(num_blocks)
         self._tables: dict[int, _Table] = {}
 
+    def clear(self) -> None:
+        """Forget every table and every published block: what they pointed at is gone."""
+        self._allocator = BlockAllocator(self._allocator.num_blocks)
+        self._tables.clear()
+
     @property
     def num_usable_blocks(self) -> int:
         """Blocks that sequences can own."""

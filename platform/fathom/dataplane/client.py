@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,11 @@ from fathom.engine.deep import DeepLost, FlushItem, FlushResult
 
 DEADLINE_S = 30.0
 """Longest that a flush may take, its way included."""
+
+GIVE_UP_S = 15.0
+"""Longest that a lost deep stage is replaced by another before requests fail."""
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,76 @@ class RemoteDeepStage:
     The tables of the leased blocks are kept here, so that scheduling asks nobody. What has to
     happen to blocks (copies on write, scrubbing) travels with the next flush.
 
+    Args:
+        peers: gives the addresses of the deep replicas that there are now, the preferred first.
+        hello, token, tls, deadline_s: see ``Exchange``.
+        give_up_s: how long ``reopen`` looks for a peer.
+
+    Raises:
+        DeepLost: if no peer takes the connection, with each one's reason.
+    """
+
+    def __init__(
+        self,
+        peers: Callable[[], Sequence[str]],
+        hello: Hello,
+        *,
+        token: str,
+        tls: Tls | None = None,
+        deadline_s: float = DEADLINE_S,
+        give_up_s: float = GIVE_UP_S,
+    ) -> None:
+        self._peers = peers
+        self._hello = hello
+        self._give_up_s = give_up_s
+        self._options: dict[str, Any] = {"token": token, "tls": tls, "deadline_s": deadline_s}
+        self._ops = _Ops()
+        # Block 0 is the null block, which nobody is leased.
+        self._cache = PagedKVCache(hello.num_blocks + 1, hello.block_size, self._ops)
+        self._exchange = self._connect()
+
+    @property
+    def cache(self) -> PagedKVCache:
+        """Tables of the leased blocks."""
+        return self._cache
+
+    def flush(self, items: Sequence[FlushItem]) -> Future[FlushResult]:
+        """See ``DeepStage.flush``."""
+        return self._exchange.flush(items, self._ops.take())
+
+    def reopen(self) -> None:
+        """See ``DeepStage.reopen``: tries every peer, again and again with longer pauses."""
+        self._exchange.close()
+        self._ops.take()
+        self._cache.clear()
+        deadline, pause = time.monotonic() + self._give_up_s, _FIRST_PAUSE_S
+        while True:
+            try:
+                self._exchange = self._connect()
+                return
+            except DeepLost:
+                if time.monotonic() + pause > deadline:
+                    raise
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    def close(self) -> None:
+        """Leave; flushes that are away fail."""
+        self._exchange.close()
+
+    def _connect(self) -> Exchange:
+        reasons = []
+        for address in self._peers():
+            try:
+                return Exchange(address, self._hello, **self._options)
+            except DeepLost as error:
+                reasons.append(str(error))
+        raise DeepLost("; ".join(reasons) or "there is no deep replica")
+
+
+class Exchange:
+    """One connection to a deep replica: flushes go out, answers come in, in order.
+
     Sending and receiving have a thread each: a peer that hangs blocks neither the engine nor the
     watch over deadlines.
 
@@ -52,13 +127,7 @@ class RemoteDeepStage:
     """
 
     def __init__(
-        self,
-        address: str,
-        hello: Hello,
-        *,
-        token: str,
-        tls: Tls | None = None,
-        deadline_s: float = DEADLINE_S,
+        self, address: str, hello: Hello, *, token: str, tls: Tls | None, deadline_s: float
     ) -> None:
         self._address = address
         self._hello = hello
@@ -68,31 +137,22 @@ class RemoteDeepStage:
         self._lock = threading.Lock()
         self._outbox: queue.SimpleQueue[Flush | None] = queue.SimpleQueue()
         self._number = 0
-        self._ops = _Ops()
         self._connect(token, tls)
-        # Block 0 is the null block, which nobody is leased.
-        self._cache = PagedKVCache(hello.num_blocks + 1, hello.block_size, self._ops)
         for target in (self._send, self._receive, self._watch):
             threading.Thread(target=target, name=f"fathom{target.__name__}", daemon=True).start()
 
-    @property
-    def cache(self) -> PagedKVCache:
-        """Tables of the leased blocks."""
-        return self._cache
-
-    def flush(self, items: Sequence[FlushItem]) -> Future[FlushResult]:
-        """See ``DeepStage.flush``; a peer that is gone fails the future with ``DeepLost``."""
+    def flush(self, items: Sequence[FlushItem], ops: Sequence[BlockOp]) -> Future[FlushResult]:
+        """Send a flush; ``DeepLost`` in the future says that the connection has ended."""
         answer: Future[FlushResult] = Future()
-        flush = Flush(self._number, self._ops.take(), items)
-        self._number += 1
         outputs = sum(item.num_outputs for item in items)
         with self._lock:
             if self._lost is not None:
                 answer.set_exception(self._lost)
                 return answer
             deadline = time.monotonic() + self._deadline_s
-            self._away.append(_Away(flush.number, outputs, answer, deadline))
-        self._outbox.put(flush)
+            self._away.append(_Away(self._number, outputs, answer, deadline))
+            self._outbox.put(Flush(self._number, ops, items))
+            self._number += 1
         return answer
 
     def close(self) -> None:

@@ -78,7 +78,19 @@ class DeepStage(Protocol):
     def flush(self, items: Sequence[FlushItem]) -> Future[FlushResult]:
         """Run stacks of many sequences as one ragged batch.
 
+        ``DeepLost`` in the answer says that every sequence's deep keys and values are gone.
+
         Room for every row must have been made in ``cache`` before.
+        """
+        ...
+
+    def reopen(self) -> None:
+        """Start afresh after ``DeepLost``, here or elsewhere, with an empty ``cache``.
+
+        No flush is away, and no sequence is open.
+
+        Raises:
+            DeepLost: if there is nobody to go to.
         """
         ...
 
@@ -104,6 +116,9 @@ class LocalDeepStage:
         answer: Future[FlushResult] = Future()
         answer.set_result(FlushResult(run_flush(self._stage, items)))
         return answer
+
+    def reopen(self) -> None:
+        """Nothing of it is ever lost."""
 
     def close(self) -> None:
         """Nothing to release."""

@@ -11,7 +11,7 @@ from fathom.config import EngineConfig
 from fathom.engine import sampling
 from fathom.engine.accept import judge
 from fathom.engine.costs import FlushRule, StageCosts
-from fathom.engine.deep import DeepStage
+from fathom.engine.deep import DeepLost, DeepStage
 from fathom.engine.flights import Answer, Flights
 from fathom.engine.info import EngineInfo
 from fathom.engine.output import confirm, take_output
@@ -222,16 +222,42 @@ class Engine:
 
     def _collect(self, *, block: bool) -> None:
         """Take in the answers that are there, in order; wait for the first if ``block``."""
+        lost = False
         for answer in self._flights.land(block=block):
             seq = answer.share.seq
-            if answer.error is not None:
-                self._end(seq, FinishReason.ERROR, answer.error)
-            elif seq.finish_reason in (FinishReason.CANCELLED, FinishReason.DEADLINE):
+            lost = lost or answer.lost
+            if seq.finish_reason in (FinishReason.CANCELLED, FinishReason.DEADLINE):
                 self._retire(seq)
+            elif answer.lost:
+                continue  # it is recomputed
+            elif answer.error is not None:
+                self._end(seq, FinishReason.ERROR, answer.error)
             elif not all(map(math.isfinite, answer.best)):
                 self._end(seq, FinishReason.ERROR, "the model's logits are not finite")
             else:
                 self._take_in(answer)
+        if lost:
+            self._recover()
+
+    def _recover(self) -> None:
+        """Go on with another deep stage: what it must know is recomputed from the tokens.
+
+        Tokens that were shown stay, drafts and decisions too; nothing is decided twice. Where there
+        is no other, the requests end with an error.
+        """
+        for _ in self._flights.land_all():
+            pass  # they went to the same place
+        for seq in reversed(list(self._scheduler.running)):
+            if seq.finish_reason is None:
+                self._scheduler.preempt(seq)
+            else:  # it only waited to be told of its last drafts
+                self._retire(seq)
+        try:
+            self._deep.reopen()
+        except DeepLost as error:
+            for family in list(self._live.values()):
+                for seq in list(family):
+                    self._end(seq, FinishReason.ERROR, f"no deep stage is left: {error}")
 
     def _take_in(self, answer: Answer) -> None:
         """Take in the answer to one sequence: the prompt's scores, then decisions."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fathom.engine.deep import DeepStage, FlushItem, FlushResult
+from fathom.engine.deep import DeepLost, DeepStage, FlushItem, FlushResult
 from fathom.engine.sequence import Sequence as Completion
 from fathom.ledger import Ledger
 
@@ -42,7 +42,7 @@ class Answer:
     Attributes:
         logits: [share.outputs, vocabulary]. best, argmax: of each row; a NaN counts as the
             largest, so ``best`` is finite iff the row holds neither NaN nor +inf.
-        error: why there is none of them.
+        error: why there is none of them. lost: because the deep stage is gone.
     """
 
     share: Share
@@ -50,6 +50,7 @@ class Answer:
     best: list[float]
     argmax: list[int]
     error: str | None = None
+    lost: bool = False
 
 
 class Flights:
@@ -103,6 +104,11 @@ class Flights:
         self._ledger.enter_flush([share.seq.compute for share in shares])
         self._away.append((self._deep.flush(items), shares))
 
+    def land_all(self) -> Iterator[Answer]:
+        """Every answer; waits for all that is away."""
+        while self._away:
+            yield from self.land(block=True)
+
     def land(self, *, block: bool) -> Iterator[Answer]:
         """The answers that are there; waits for the first flush if ``block``.
 
@@ -118,8 +124,9 @@ class Flights:
                 # One reduction serves all greedy choices, and shows what is not finite.
                 best, argmax = (values.tolist() for values in logits.max(dim=-1))
             except Exception as error:
+                reason, lost = f"the deep stage failed: {error}", isinstance(error, DeepLost)
                 for share in shares:
-                    yield Answer(share, torch.empty(0), [], [], f"the deep stage failed: {error}")
+                    yield Answer(share, torch.empty(0), [], [], reason, lost)
                 continue
             row = 0
             for share in shares:

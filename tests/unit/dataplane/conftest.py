@@ -58,7 +58,8 @@ class Deep:
 
     def connect(self, **options) -> RemoteDeepStage:
         hello = options.pop("hello", self.hello)
-        return RemoteDeepStage(self.server.address, hello, **{"token": TOKEN, **options})
+        peers = options.pop("peers", lambda: [self.server.address])
+        return RemoteDeepStage(peers, hello, **{"token": TOKEN, **options})
 
     def close(self) -> None:
         self.server.close()

@@ -209,6 +209,9 @@ class ThreadedDeepStage:
 
         return self._pool.submit(work)
 
+    def reopen(self) -> None:
+        self._deep.reopen()
+
     def close(self) -> None:
         self._pool.shutdown()
 

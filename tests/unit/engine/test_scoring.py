@@ -221,6 +221,8 @@ class _Poisoned:
         future.set_result(FlushResult(logits))
         return future
 
+    def reopen(self) -> None: ...
+
     def close(self) -> None: ...
 
 
