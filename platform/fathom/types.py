@@ -231,8 +231,7 @@ class ComputePolicy:
     @property
     def copies_states(self) -> bool:
         """Whether the deep layers never run over drafted rows: their keys and values are projected
-        from the exit state, as if no layer changed it (CALM, Schuster et al. 2022). A sequence
-        that is preempted is recomputed at full depth.
+        from the exit state, as if no layer changed it (CALM, Schuster et al. 2022).
         """
         return self.mode is AcceptMode.COPY
 

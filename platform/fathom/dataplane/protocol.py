@@ -29,7 +29,7 @@ FLUSH_SCHEMA = pa.schema(
         ("blocks", pa.list_(pa.int32())),
         ("start", pa.int32()),
         ("outputs", pa.int32()),
-        ("copied", pa.int32()),
+        ("copied", pa.list_(pa.int32())),
         ("hidden", pa.large_binary()),
     ]
 )
@@ -142,7 +142,7 @@ def encode_flush(flush: Flush) -> tuple[pa.RecordBatch, bytes]:
         pa.array([list(item.blocks) for item in items], pa.list_(pa.int32())),
         pa.array([item.start for item in items], pa.int32()),
         pa.array([item.num_outputs for item in items], pa.int32()),
-        pa.array([item.copied for item in items], pa.int32()),
+        pa.array([list(item.copied) for item in items], pa.list_(pa.int32())),
         pa.array([_bytes_of(item.hidden) for item in items], pa.large_binary()),
     ]
     batch = pa.RecordBatch.from_arrays(columns, schema=FLUSH_SCHEMA)
@@ -241,9 +241,15 @@ def _check(flush: Flush, hello: Hello) -> None:
                 f"sequence {item.seq_id}: rows {item.start} to {item.start + rows} do not fit "
                 f"into {len(item.blocks)} blocks of {hello.block_size}."
             )
-        if not (0 <= item.copied <= rows and 0 <= item.num_outputs <= rows - item.copied):
+        copied = list(item.copied)
+        if copied != sorted({row for row in copied if 0 <= row < rows}):
             raise ProtocolError(
-                f"sequence {item.seq_id}: {item.copied} copied rows and {item.num_outputs} "
+                f"sequence {item.seq_id}: copied rows {copied} are not some of {rows} rows in "
+                "ascending order."
+            )
+        if not 0 <= item.num_outputs <= rows - len(copied):
+            raise ProtocolError(
+                f"sequence {item.seq_id}: {len(copied)} copied rows and {item.num_outputs} "
                 f"outputs do not fit into {rows} rows."
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -27,9 +28,9 @@ class FlushItem:
         start: position of the first row. Everything that the blocks hold from there on was cut by
             the engine and is overwritten.
         hidden: [rows, d] exit-layer hidden states.
-        num_outputs: logits are wanted for this many of the last rows.
-        copied: leading rows that no layer runs over: their keys and values are projected from
-            ``hidden`` (CALM).
+        num_outputs: logits are wanted for this many of the last rows that layers run over.
+        copied: rows of ``hidden``, ascending, that no layer runs over: their keys and values are
+            projected from it (CALM).
     """
 
     seq_id: int
@@ -37,17 +38,21 @@ class FlushItem:
     start: int
     hidden: torch.Tensor
     num_outputs: int
-    copied: int = 0
+    copied: Sequence[int] = ()
 
-    @property
-    def copied_rows(self) -> SequenceRows:
-        """The leading rows, which are copied."""
-        return SequenceRows(self.blocks, self.start, self.copied)
-
-    @property
-    def rows(self) -> SequenceRows:
-        """The rows that the layers run over, in a ragged batch."""
-        return SequenceRows(self.blocks, self.start + self.copied, len(self.hidden) - self.copied)
+    def parts(self, *, copied: bool) -> tuple[list[SequenceRows], list[torch.Tensor]]:
+        """Runs of rows that are copied, or that layers run over, with their states."""
+        wanted = set(self.copied)
+        rows: list[SequenceRows] = []
+        states: list[torch.Tensor] = []
+        first = 0
+        for is_copied, run in itertools.groupby(range(len(self.hidden)), wanted.__contains__):
+            stop = first + len(list(run))
+            if is_copied == copied:
+                rows.append(SequenceRows(self.blocks, self.start + first, stop - first))
+                states.append(self.hidden[first:stop])
+            first = stop
+        return rows, states
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,20 +131,28 @@ class LocalDeepStage:
 
 def run_flush(stage: Stage, items: Sequence[FlushItem]) -> torch.Tensor:
     """Run the items' rows through a stage; the logits of a ``FlushResult``."""
-    if copying := [item for item in items if item.copied]:
-        states = torch.cat([item.hidden[: item.copied] for item in copying])
-        stage.copy_states([item.copied_rows for item in copying], states)
-    running = [item for item in items if item.rows.num_rows]
-    if not running:
-        return items[0].hidden.new_empty(0, stage.decoder.config.vocab_size)
-    parts = [item.hidden[item.copied :] for item in running]
-    hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
-    out = stage.run(stage.plan([item.rows for item in running]), hidden)
+    copied_rows: list[SequenceRows] = []
+    copied_states: list[torch.Tensor] = []
+    rows: list[SequenceRows] = []
+    states: list[torch.Tensor] = []
     wanted: list[int] = []
     row = 0
-    for item in running:
-        row += item.rows.num_rows
+    for item in items:
+        if item.copied:
+            parts = item.parts(copied=True)
+            copied_rows += parts[0]
+            copied_states += parts[1]
+        parts = item.parts(copied=False)
+        rows += parts[0]
+        states += parts[1]
+        row += len(item.hidden) - len(item.copied)
         wanted += range(row - item.num_outputs, row)
+    if copied_rows:
+        stage.copy_states(copied_rows, torch.cat(copied_states))
+    if not rows:
+        return items[0].hidden.new_empty(0, stage.decoder.config.vocab_size)
+    hidden = states[0] if len(states) == 1 else torch.cat(states)
+    out = stage.run(stage.plan(rows), hidden)
     if len(wanted) < len(out):
         out = out[torch.tensor(wanted, dtype=torch.int64, device=out.device)]
     return stage.decoder.logits(out)

@@ -81,7 +81,7 @@ class Flights:
                 scored=seq.prompt_rows_due(seq.deep_len, rows),
                 decisions=len(seq.judged) if whole else 0,
             )
-            copied = len(seq.pending) - len(seq.judged) if whole else 0
+            copied = seq.copied_rows(seq.deep_len, rows)
             seq.stack = [] if whole else [stack[rows:]]
             place = self._deep.cache.rows(seq.seq_id, seq.deep_len, rows)
             items.append(
@@ -91,15 +91,16 @@ class Flights:
             )
             shares.append(share)
             seq.in_flight = True
-            self._ledger.enter_copied_rows(seq.compute, copied)
-            self._ledger.enter_rows(
-                seq.compute,
-                start=seq.deep_len + copied,
-                rows=rows - copied,
-                first_decision=seq.num_prompt - 1,
-                layers=self._ledger.costs.deep_layers,
-                deep=True,
-            )
+            self._ledger.enter_copied_rows(seq.compute, len(copied))
+            for run in items[-1].parts(copied=False)[0]:
+                self._ledger.enter_rows(
+                    seq.compute,
+                    start=run.start,
+                    rows=run.num_rows,
+                    first_decision=seq.num_prompt - 1,
+                    layers=self._ledger.costs.deep_layers,
+                    deep=True,
+                )
             self._ledger.enter_lm_head(seq.compute, share.outputs)
         self._ledger.enter_flush([share.seq.compute for share in shares])
         self._away.append((self._deep.flush(items), shares))

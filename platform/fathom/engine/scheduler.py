@@ -104,8 +104,6 @@ class Scheduler:
                 continue
             due = seq.shallow_len - seq.deep_len
             rows = min(due, budget)
-            if seq.request.compute.copies_states and due > len(seq.pending) > len(seq.judged):
-                rows = min(rows, due - len(seq.pending))  # what is computed, then what is copied
             if rows < due:  # the rows with decisions stay together, for the last part
                 rows = min(rows, due - len(seq.pending))
             if rows <= 0:
@@ -220,6 +218,8 @@ class Scheduler:
         # Cached rows have no logits, so they end where the prompt still has to be scored.
         if seq.scores is not None and not seq.scores.complete:
             limit = min(limit, seq.scores.num_rows)
+        if seq.copied:  # a row that was copied stays a copy, also when it is recomputed
+            limit = min(limit, seq.copied[0])
         blocks = limit // self.shallow_cache.block_size
         shallow, deep = seq.shallow_keys[:blocks], seq.deep_keys[:blocks]
         hits = min(self.shallow_cache.match(shallow), self._deep.match(deep))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import time
 from dataclasses import dataclass, field
 
@@ -51,6 +52,7 @@ class Sequence:
         pending: decisions that no flush has looked at; positions are >= deep_len.
         waiting: it needs the deep stage before it can go on.
         in_flight: its stack is away in a flush.
+        copied: positions, ascending, whose deep keys and values are projected from the exit state.
         epoch: number of cuts so far (see ``random.uniform``).
         finish_reason: set once no more tokens come; a final flush may still be due.
         published_blocks: leading blocks that the prefix cache knows in both stages.
@@ -75,6 +77,7 @@ class Sequence:
     deep_len: int = 0
     stack: list[torch.Tensor] = field(default_factory=list)
     pending: list[Decision] = field(default_factory=list)
+    copied: list[int] = field(default_factory=list)
     decided: int = 0
     waiting: bool = False
     in_flight: bool = False
@@ -133,6 +136,11 @@ class Sequence:
         if not self.request.compute.copies_states:
             return self.pending
         return [decision for decision in self.pending if decision.token is None]
+
+    def copied_rows(self, start: int, rows: int) -> list[int]:
+        """Which of the rows [start, start + rows) are copied, counted from ``start``."""
+        first, stop = (bisect.bisect_left(self.copied, p) for p in (start, start + rows))
+        return [position - start for position in self.copied[first:stop]]
 
     def prompt_rows_due(self, start: int, rows: int) -> int:
         """How many of the rows [start, start + rows) are wanted for the prompt's scores."""

@@ -173,5 +173,7 @@ class ShallowStage:
         seq.pending.append(Decision(position, token, confidence, keep))
         seq.tokens.append(token)
         seq.decided = seq.shallow_len
+        if compute.copies_states:
+            seq.copied.append(position)
         self._ledger.enter_draft(seq.compute)
         return None

@@ -21,14 +21,14 @@ HELLO = Hello(protocol.VERSION, "w", "a", 2, 6, "bfloat16", BLOCK, WIDTH, VOCAB,
 @st.composite
 def items(draw: st.DrawFn) -> FlushItem:
     start, rows = draw(st.integers(0, 12)), draw(st.integers(1, 9))
-    copied = draw(st.integers(0, rows))
+    copied = sorted(draw(st.sets(st.integers(0, rows - 1))))
     count = -(-(start + rows) // BLOCK)
     return FlushItem(
         seq_id=draw(st.integers(0, 2**40)),
         blocks=draw(st.lists(st.integers(1, BLOCKS), min_size=count, max_size=count)),
         start=start,
         hidden=torch.randn(rows, WIDTH).to(torch.bfloat16),
-        num_outputs=draw(st.integers(0, rows - copied)),
+        num_outputs=draw(st.integers(0, rows - len(copied))),
         copied=copied,
     )
 
@@ -98,7 +98,7 @@ def test_a_changed_byte_is_noticed(flush: Flush, data: st.DataObject) -> None:
 
 def item(**fields) -> FlushItem:
     values = {"seq_id": 7, "blocks": [1], "start": 0, "hidden": torch.zeros(2, WIDTH).bfloat16(),
-              "num_outputs": 1, "copied": 0}  # fmt: skip
+              "num_outputs": 1, "copied": ()}  # fmt: skip
     return FlushItem(**{**values, **fields})
 
 
@@ -110,7 +110,9 @@ def item(**fields) -> FlushItem:
         (Flush(0, [BlockOp(1, 40)], []), "block 40 lies outside the lease"),
         (Flush(0, [], [item(start=3)]), "sequence 7: rows 3 to 5 do not fit into 1 blocks of 4"),
         (Flush(0, [], [item(num_outputs=3)]), "3 outputs do not fit into 2 rows"),
-        (Flush(0, [], [item(copied=2)]), "2 copied rows and 1 outputs do not fit into 2 rows"),
+        (Flush(0, [], [item(copied=[0, 1])]), "2 copied rows and 1 outputs do not fit into 2 row"),
+        (Flush(0, [], [item(copied=[2])]), r"copied rows \[2\] are not some of 2 rows"),
+        (Flush(0, [], [item(copied=[0, 0])]), r"copied rows \[0, 0\] are not some of 2 rows"),
         (Flush(0, [], [item(hidden=torch.zeros(1, 1).bfloat16())]), "2 bytes are no rows of 3"),
     ],
 )

@@ -285,9 +285,9 @@ def test_logprobs_are_the_full_models_where_the_mode_is_lossless(engine):
     ],
 )
 def test_bad_requests_are_refused_by_name_and_leave_nothing_behind(engine, changes, param):
-    prompt = changes.pop("prompt", [5, 6])
+    fields = {"prompt": [5, 6], **changes}
     with pytest.raises(InvalidRequest) as caught:
-        engine.add_request(request("a", prompt, **changes))
+        engine.add_request(request("a", **fields))
     assert caught.value.param == param
     assert not engine.has_work()
 
