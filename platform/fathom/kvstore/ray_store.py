@@ -1,0 +1,177 @@
+"""KV blocks in Ray's object store, with a directory sharded over actors.
+
+An object of Ray's dies with the process that owns it. So a block that a replica publishes is put
+into the object store once more by the shard that lists it: the replica may go, the block stays. A
+shard that dies takes its blocks along and comes back empty.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from fathom.kvstore.keys import BlockKey
+from fathom.kvstore.store import Block, BlocksGone, StoreStats
+
+NAMESPACE = "fathom"
+LOOKUP_TIMEOUT_S = 0.5
+FETCH_TIMEOUT_S = 10.0
+MAX_PUBLISHES_AWAY = 64
+_PAUSE_AFTER_FAILURE_S = 5.0
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)
+class StoreShard:
+    """Lists and owns the blocks of some chains, least recently used out first.
+
+    Args:
+        budget_bytes: of all blocks together. Ray spills what memory does not hold.
+    """
+
+    def __init__(self, budget_bytes: int) -> None:
+        self._budget = budget_bytes
+        self._blocks: OrderedDict[BlockKey, tuple[ray.ObjectRef[Block], int]] = OrderedDict()
+        self._bytes = self._lookups = self._hits = self._evicted = 0
+
+    def lookup(self, keys: Sequence[BlockKey]) -> list[ray.ObjectRef[Block]]:
+        """References of the leading keys that are here; who holds them keeps the blocks alive."""
+        found = []
+        for key in keys:
+            entry = self._blocks.get(key)
+            if entry is None:
+                break
+            found.append(entry[0])
+        # The first block last: what more prefixes share is evicted later.
+        for key in reversed(keys[: len(found)]):
+            self._blocks.move_to_end(key)
+        self._lookups += 1
+        self._hits += len(found)
+        return found
+
+    def publish(self, keys: Sequence[BlockKey], *blocks: Block) -> None:
+        """Take blocks; those that are here already are left as they are."""
+        for key, block in reversed(list(zip(keys, blocks, strict=True))):
+            if key in self._blocks or block.nbytes > self._budget:
+                continue
+            while self._bytes + block.nbytes > self._budget:
+                _, (_, size) = self._blocks.popitem(last=False)
+                self._bytes -= size
+                self._evicted += 1
+            self._blocks[key] = ray.put(block), block.nbytes
+            self._bytes += block.nbytes
+
+    def stats(self) -> StoreStats:
+        """See ``StoreStats``."""
+        return StoreStats(len(self._blocks), self._bytes, self._lookups, self._hits, self._evicted)
+
+
+def start_store(name: str, *, shards: int, budget_bytes: int) -> list[Any]:
+    """The shards of a store, started where there are none of this name.
+
+    They outlive who starts them; ``stop_store`` ends them.
+
+    Args:
+        budget_bytes: of all shards together.
+    """
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    found = []
+    for index in range(shards):
+        place = NodeAffinitySchedulingStrategy(nodes[index % len(nodes)], soft=True)
+        found.append(
+            StoreShard.options(  # type: ignore[attr-defined]
+                name=f"{name}-{index}",
+                namespace=NAMESPACE,
+                lifetime="detached",
+                get_if_exists=True,
+                scheduling_strategy=place,
+            ).remote(budget_bytes // shards)
+        )
+    return found
+
+
+def stop_store(name: str, *, shards: int) -> None:
+    """End a store's shards, and with them its blocks."""
+    for index in range(shards):
+        try:
+            ray.kill(ray.get_actor(f"{name}-{index}", namespace=NAMESPACE))
+        except ValueError:
+            continue  # it is not there
+
+
+class RayKVStore:
+    """A client of a store; see ``fathom.kvstore.store.KVStore``. Not thread-safe.
+
+    A shard that fails or hangs is left alone for a few seconds: no request waits for it twice.
+    """
+
+    def __init__(self, shards: Sequence[Any]) -> None:
+        self._shards = list(shards)
+        self._avoid_until = [0.0] * len(self._shards)
+        self._away: deque[ray.ObjectRef[None]] = deque()
+
+    def lookup(self, keys: Sequence[BlockKey]) -> RayHits:
+        """See ``KVStore.lookup``."""
+        if not keys:
+            return RayHits([])
+        index = self._place(keys)
+        if time.monotonic() < self._avoid_until[index]:
+            return RayHits([])
+        try:
+            answer = self._shards[index].lookup.remote(list(keys))
+            return RayHits(ray.get(answer, timeout=LOOKUP_TIMEOUT_S))
+        except RayError:
+            self._avoid_until[index] = time.monotonic() + _PAUSE_AFTER_FAILURE_S
+            return RayHits([])
+
+    def publish(self, keys: Sequence[BlockKey], blocks: Sequence[Block]) -> None:
+        """See ``KVStore.publish``."""
+        if not blocks:
+            return
+        index = self._place(keys)
+        if time.monotonic() < self._avoid_until[index]:
+            return
+        if self._away:
+            _, away = ray.wait(list(self._away), num_returns=len(self._away), timeout=0)
+            self._away = deque(away)
+        if len(self._away) < MAX_PUBLISHES_AWAY:
+            shard = self._shards[index]
+            self._away.append(shard.publish.remote(list(keys[-len(blocks) :]), *blocks))
+
+    def stats(self) -> StoreStats:
+        """Of all shards that answer."""
+        total = StoreStats()
+        for shard in self._shards:
+            try:
+                total += ray.get(shard.stats.remote(), timeout=LOOKUP_TIMEOUT_S)
+            except RayError:
+                continue
+        return total
+
+    def _place(self, keys: Sequence[BlockKey]) -> int:
+        """The shard of a chain: all blocks of a prefix lie at one, found in one call."""
+        return int.from_bytes(keys[0][:8], "little") % len(self._shards)
+
+
+class RayHits:
+    """References to leading blocks; see ``fathom.kvstore.store.Hits``."""
+
+    def __init__(self, references: Sequence[ray.ObjectRef[Block]]) -> None:
+        self._references = list(references)
+
+    def __len__(self) -> int:
+        return len(self._references)
+
+    def fetch(self) -> Sequence[Block]:
+        """See ``Hits.fetch``: one get for all."""
+        try:
+            found: list[Block] = ray.get(self._references, timeout=FETCH_TIMEOUT_S)
+        except RayError as error:
+            raise BlocksGone(str(error).partition("\n")[0]) from error
+        return [np.asarray(block) for block in found]
