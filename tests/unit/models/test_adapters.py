@@ -113,3 +113,16 @@ def test_an_adapter_of_another_model_is_refused(small_models) -> None:
     missing = adapter(exit_layers=1, layers={"2.input_layernorm.weight": torch.ones(47)})
     with pytest.raises(ModelError, match=r"input_layernorm.weight' is of shape \[47\]"):
         load_exit_layers(decoder, missing)
+
+
+@pytest.mark.parametrize("name", ["default", "multi30k"])
+def test_what_ships_is_small_can_be_read_and_has_a_card(name: str) -> None:
+    folder = packaged_adapters()[name]
+    file = folder / "adapter.safetensors"
+    assert file.stat().st_size <= 25e6
+    shipped = read_adapter(folder)
+    assert shipped.metadata["name"] == name
+    assert shipped.changes_model == (name != "default")  # the default's full path is the base's
+    card = (folder / "README.md").read_text()
+    for word in ("fathom train exits", "## Data", "## Held out", "## Limits"):
+        assert word in card
