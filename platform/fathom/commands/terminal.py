@@ -19,8 +19,8 @@ _LOSSLESS = (AcceptMode.FULL, AcceptMode.EXACT)
 
 
 def describe_mode(mode: str) -> str:
-    """The mode's name, and whether its output is the full model's."""
-    return f"{mode} ({'lossless' if mode in _LOSSLESS else 'lossy'})"
+    """The mode's name, as it is or with a threshold (``exact@0.3``), and whether it is lossless."""
+    return f"{mode} ({'lossless' if mode.partition('@')[0] in _LOSSLESS else 'lossy'})"
 
 
 def depth_colour(depth: int, num_layers: int) -> str:
