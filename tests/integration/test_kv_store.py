@@ -120,15 +120,21 @@ def test_the_least_recently_used_goes_first_and_what_is_held_stays(store: RayKVS
     assert np.array_equal(held.fetch()[0], block(1))
 
 
+def looked_up_soon(store: RayKVStore, keys: list[bytes]) -> int:
+    """Blocks found, without an error and without a long wait, whatever the shard goes through."""
+    start = time.monotonic()
+    found = len(store.lookup(keys))
+    assert time.monotonic() - start < 2
+    return found
+
+
 def test_a_lost_shard_costs_hits_and_comes_back_empty(store: RayKVStore) -> None:
     keys = keys_of(list(range(8)))
     store.publish(keys, [block(0), block(1)])
     until(lambda: len(store.lookup(keys)) == 2)
     hits = store.lookup(keys)
     ray.kill(store._shards[store._place(keys)], no_restart=False)
-    start = time.monotonic()
-    assert len(store.lookup(keys)) == 0  # no error, and no long wait
-    assert time.monotonic() - start < 2
+    until(lambda: not looked_up_soon(store, keys))  # Ray's kill returns before the process ends
     store.publish(keys, [block(0)])
     with pytest.raises(BlocksGone):
         until(lambda: not hits.fetch(), seconds=30)  # its owner is gone
