@@ -76,6 +76,11 @@ class RemoteDeepStage:
         """Tables of the leased blocks."""
         return self._cache
 
+    @property
+    def may_be_lost(self) -> bool:
+        """See ``DeepStage.may_be_lost``."""
+        return True
+
     def flush(self, items: Sequence[FlushItem]) -> Future[FlushResult]:
         """See ``DeepStage.flush``."""
         return self._exchange.flush(items, self._ops.take())

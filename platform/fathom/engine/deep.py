@@ -80,6 +80,11 @@ class DeepStage(Protocol):
         """Block accounting: what is open, how long, what is free."""
         ...
 
+    @property
+    def may_be_lost(self) -> bool:
+        """Whether it can fail on its own, so that what it must know has to be kept here."""
+        ...
+
     def flush(self, items: Sequence[FlushItem]) -> Future[FlushResult]:
         """Run stacks of many sequences as one ragged batch.
 
@@ -92,7 +97,7 @@ class DeepStage(Protocol):
     def reopen(self) -> None:
         """Start afresh after ``DeepLost``, here or elsewhere, with an empty ``cache``.
 
-        No flush is away, and no sequence is open.
+        No flush is away; sequences that were open are so no more.
 
         Raises:
             DeepLost: if there is nobody to go to.
@@ -115,6 +120,11 @@ class LocalDeepStage:
     def cache(self) -> PagedKVCache:
         """Block tables over the stage's own pool."""
         return self._cache
+
+    @property
+    def may_be_lost(self) -> bool:
+        """It ends with this process."""
+        return False
 
     def flush(self, items: Sequence[FlushItem]) -> Future[FlushResult]:
         """See ``DeepStage.flush``."""

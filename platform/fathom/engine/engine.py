@@ -61,7 +61,7 @@ class Engine:
         self._scheduler = scheduler
         self._new_detokenizer = new_detokenizer
         self._flush_rule = FlushRule(stage_costs)
-        self._flights = Flights(deep, ledger)
+        self._flights = Flights(deep, ledger, keep_states=deep.may_be_lost)
         self._live: dict[str, list[Sequence]] = {}
         self._next_seq_id = 0
         self._outputs: list[RequestOutput] = []
@@ -240,24 +240,28 @@ class Engine:
             self._recover()
 
     def _recover(self) -> None:
-        """Go on with another deep stage: what it must know is recomputed from the tokens.
+        """Go on with another deep stage, which rebuilds its keys and values from exit states.
 
-        Tokens that were shown stay, drafts and decisions too; nothing is decided twice. Where there
-        is no other, the requests end with an error.
+        Where states were never here (those of a cached prefix), the sequence is recomputed from its
+        tokens. Tokens that were shown stay, drafts and decisions too; nothing is decided twice.
+        Where there is no other stage, the requests end with an error.
         """
         for _ in self._flights.land_all():
             pass  # they went to the same place
         for seq in reversed(list(self._scheduler.running)):
-            if seq.finish_reason is None:
-                self._scheduler.preempt(seq)
-            else:  # it only waited to be told of its last drafts
+            if seq.finish_reason is not None:  # it only waited to be told of its last drafts
                 self._retire(seq)
+            elif seq.states.start or (seq.scores is not None and not seq.scores.complete):
+                self._scheduler.preempt(seq)
         try:
             self._deep.reopen()
         except DeepLost as error:
             for family in list(self._live.values()):
                 for seq in list(family):
                     self._end(seq, FinishReason.ERROR, f"no deep stage is left: {error}")
+            return
+        for seq in self._scheduler.running:
+            self._scheduler.rebuild_deep(seq)
 
     def _take_in(self, answer: Answer) -> None:
         """Take in the answer to one sequence: the prompt's scores, then decisions."""
@@ -328,6 +332,7 @@ class Engine:
         del seq.tokens[length:]
         seq.shallow_len = min(seq.shallow_len, length)
         seq.deep_len = min(seq.deep_len, length)
+        seq.states.cut(length)
         self._scheduler.shallow_cache.truncate(seq.seq_id, seq.shallow_len)
         self._deep.cache.truncate(seq.seq_id, seq.deep_len)
         seq.decided = length
@@ -343,7 +348,10 @@ class Engine:
                 continue
             self._scheduler.shallow_cache.fork(seq.seq_id, child.seq_id, length)
             self._deep.cache.fork(seq.seq_id, child.seq_id, length)
-            child.shallow_len = child.deep_len = child.cached_tokens = length
+            child.restart(length)
+            child.cached_tokens = length
+            if self._deep.may_be_lost:
+                child.states = seq.states.fork(length)
 
     # Ends
 

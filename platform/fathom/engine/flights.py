@@ -58,10 +58,12 @@ class Flights:
 
     Args:
         ledger: what is sent is entered there.
+        keep_states: whether exit states are kept when the deep stage has seen them.
     """
 
-    def __init__(self, deep: DeepStage, ledger: Ledger) -> None:
+    def __init__(self, deep: DeepStage, ledger: Ledger, *, keep_states: bool) -> None:
         self._deep = deep
+        self._keep_states = keep_states
         self._ledger = ledger
         self._away: deque[tuple[Future[FlushResult], list[Share]]] = deque()
 
@@ -70,8 +72,7 @@ class Flights:
         items: list[FlushItem] = []
         shares: list[Share] = []
         for seq, rows in chosen:
-            stack = seq.stack[0] if len(seq.stack) == 1 else torch.cat(seq.stack)
-            whole = rows == len(stack)
+            whole = seq.deep_len + rows == seq.shallow_len
             # A prompt that is not scored yet has no row between its last one scored and the
             # first decision, so both together are the item's last rows.
             share = Share(
@@ -82,11 +83,15 @@ class Flights:
                 decisions=len(seq.judged) if whole else 0,
             )
             copied = seq.copied_rows(seq.deep_len, rows)
-            seq.stack = [] if whole else [stack[rows:]]
             place = self._deep.cache.rows(seq.seq_id, seq.deep_len, rows)
             items.append(
                 FlushItem(
-                    seq.seq_id, place.blocks, place.start, stack[:rows], share.outputs, copied
+                    seq.seq_id,
+                    place.blocks,
+                    place.start,
+                    seq.states.rows(seq.deep_len, seq.deep_len + rows),
+                    share.outputs,
+                    copied,
                 )
             )
             shares.append(share)
@@ -132,6 +137,8 @@ class Flights:
             row = 0
             for share in shares:
                 share.seq.deep_len += share.rows
+                if not self._keep_states:
+                    share.seq.states.drop(share.seq.deep_len)
                 own = slice(row, row + share.outputs)
                 row += share.outputs
                 yield Answer(share, logits[own], best[own], argmax[own])

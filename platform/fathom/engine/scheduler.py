@@ -155,6 +155,11 @@ class Scheduler:
         self.waiting.appendleft(seq)
         self._on_preempt(seq)
 
+    def rebuild_deep(self, seq: Sequence) -> None:
+        """Open a running sequence in a deep stage that is empty: its whole stack goes there."""
+        self._deep.open(seq.seq_id)
+        seq.deep_len = seq.published_blocks = 0
+
     def _make_room(
         self,
         cache: PagedKVCache,
@@ -196,7 +201,7 @@ class Scheduler:
                 return False
         self.shallow_cache.open(seq.seq_id, shallow_keys)
         self._deep.open(seq.seq_id, deep_keys)
-        seq.shallow_len = seq.deep_len = len(shallow_keys) * self.shallow_cache.block_size
+        seq.restart(len(shallow_keys) * self.shallow_cache.block_size)
         if self._prefix_caching:
             self.prefix_queries += len(seq.tokens)
             self.prefix_hits += seq.shallow_len

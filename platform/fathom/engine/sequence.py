@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fathom.engine.scoring import PromptScores
+from fathom.engine.states import ExitStates
 from fathom.engine.text import TextStream
 from fathom.kvstore.keys import BlockKey
 from fathom.types import ComputeUsage, FinishReason, Request, Token
@@ -48,7 +49,8 @@ class Sequence:
         seq_id: the key in both KV caches.
         index: which of the request's completions. seed: of its draws.
         tokens: prompt and output, drafts included. stop_ids: tokens that end it.
-        stack: chunks [rows, d] of exit-layer hidden states, in position order.
+        states: exit-layer hidden states, those of the stack at least. Earlier ones are kept where
+            the deep stage may be lost, or blocks are shared.
         pending: decisions that no flush has looked at; positions are >= deep_len.
         waiting: it needs the deep stage before it can go on.
         in_flight: its stack is away in a flush.
@@ -75,7 +77,7 @@ class Sequence:
     deep_keys: list[BlockKey] = field(default_factory=list)
     shallow_len: int = 0
     deep_len: int = 0
-    stack: list[torch.Tensor] = field(default_factory=list)
+    states: ExitStates = field(default_factory=ExitStates)
     pending: list[Decision] = field(default_factory=list)
     copied: list[int] = field(default_factory=list)
     decided: int = 0
@@ -153,5 +155,10 @@ class Sequence:
 
     def forget_kv(self) -> None:
         """Back to no KV at all; tokens and decisions stay, so nothing is decided twice."""
-        self.shallow_len = self.deep_len = self.published_blocks = 0
-        self.stack.clear()
+        self.restart(0)
+
+    def restart(self, length: int) -> None:
+        """Go on from the first ``length`` positions, which have KV in both stages."""
+        self.shallow_len = self.deep_len = length
+        self.published_blocks = 0
+        self.states = ExitStates(length)

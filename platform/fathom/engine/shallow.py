@@ -64,7 +64,7 @@ class ShallowStage:
         last_rows: list[int] = []
         row = 0
         for item in work:
-            item.seq.stack.append(hidden[row : row + item.num_rows])
+            item.seq.states.append(hidden[row : row + item.num_rows])
             item.seq.shallow_len += item.num_rows
             row += item.num_rows
             last_rows.append(row - 1)

@@ -194,6 +194,7 @@ class ThreadedDeepStage:
 
     def __init__(self, deep, delay_s: float = 0.0, fail: bool = False) -> None:
         self._deep, self._delay_s, self.fail = deep, delay_s, fail
+        self.may_be_lost = deep.may_be_lost
         self._pool = ThreadPoolExecutor(1)
 
     @property

@@ -205,6 +205,7 @@ class _Poisoned:
     def __init__(self, inner, seq_id: int) -> None:
         self._inner = inner
         self._seq_id = seq_id
+        self.may_be_lost = inner.may_be_lost
 
     @property
     def cache(self):

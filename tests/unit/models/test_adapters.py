@@ -115,7 +115,7 @@ def test_an_adapter_of_another_model_is_refused(small_models) -> None:
         load_exit_layers(decoder, missing)
 
 
-@pytest.mark.parametrize("name", ["default", "multi30k"])
+@pytest.mark.parametrize("name", ["default", "multi30k", "scitldr"])
 def test_what_ships_is_small_can_be_read_and_has_a_card(name: str) -> None:
     folder = packaged_adapters()[name]
     file = folder / "adapter.safetensors"
