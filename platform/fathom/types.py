@@ -236,6 +236,20 @@ class ComputePolicy:
         return self.mode is AcceptMode.COPY
 
 
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """What one completion of a request had given before its replica was lost.
+
+    Attributes:
+        token_ids: final tokens that somebody has seen, in order. depths: of each.
+        finished: nothing more of it is wanted.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    depths: tuple[int, ...] = ()
+    finished: bool = False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One prompt to complete.
@@ -247,6 +261,8 @@ class Request:
         timeout_s: seconds from admission to the engine after which the request ends with
             ``finish_reason`` ``deadline``; None waits for ever.
         cache_salt: keeps this request's KV blocks apart from those of other salts.
+        session_id: requests of one session go to one replica where that can be; empty for none.
+        resumed: one entry a completion where the request goes on after a loss, else empty.
     """
 
     request_id: str
@@ -256,6 +272,8 @@ class Request:
     n: int = 1
     timeout_s: float | None = None
     cache_salt: str = ""
+    session_id: str = ""
+    resumed: tuple[Resumed, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
