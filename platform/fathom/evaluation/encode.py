@@ -64,7 +64,8 @@ def encode_choice(tokenizer: Any, item: ChoiceItem, room: int) -> tuple[list[Sco
     """Each choice behind its context, as raw text, joined by a space.
 
     What is scored are the tokens after those of the context alone, as in lm-evaluation-harness
-    (``_encode_pair``). A pair longer than ``room`` loses the beginning of its context.
+    (``_encode_pair``): blanks and line ends that the context ends with count as the choice's. A
+    pair longer than ``room`` loses the beginning of its context.
 
     Returns:
         one a choice, and whether any was cut.
@@ -73,7 +74,7 @@ def encode_choice(tokenizer: Any, item: ChoiceItem, room: int) -> tuple[list[Sco
     for context, continuation in zip(item.contexts, item.continuations, strict=True):
         whole = tuple(tokenizer.encode(f"{context} {continuation}"))
         # At least the last token counts, and a first token has nothing to be foretold from.
-        first = max(1, min(len(tokenizer.encode(context)), len(whole) - 1))
+        first = max(1, min(len(tokenizer.encode(context.rstrip())), len(whole) - 1))
         surplus = max(0, len(whole) - room)
         cut = cut or surplus > 0
         found.append(Scored(whole[surplus:], max(1, first - surplus)))

@@ -105,6 +105,13 @@ def test_a_long_choice_loses_the_start_of_its_context(engine: Engine) -> None:
     assert tokenizer.decode(no.ids) == "defgh no"
 
 
+def test_blanks_that_end_a_context_are_the_choices(engine: Engine) -> None:
+    item = ChoiceItem("x:1", ("Why? \n",) * 2, ("a", "bc"), 0)
+    texts, _ = encode_choice(engine.tokenizer, item, 100)
+    scored = [engine.tokenizer.decode(text.ids[text.first :]) for text in texts]
+    assert scored == [" \n a", " \n bc"]
+
+
 def test_a_long_prompt_loses_the_end_of_its_text(engine: Engine) -> None:
     task = generation("dialogsum")
     tokenizer = engine.tokenizer
