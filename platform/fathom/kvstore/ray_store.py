@@ -8,7 +8,7 @@ shard that dies takes its blocks along and comes back empty.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +18,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fathom.kvstore.keys import BlockKey
+from fathom.kvstore.shard import ShardIndex
 from fathom.kvstore.store import Block, BlocksGone, StoreStats
 
 NAMESPACE = "fathom"
@@ -36,40 +37,19 @@ class StoreShard:
     """
 
     def __init__(self, budget_bytes: int) -> None:
-        self._budget = budget_bytes
-        self._blocks: OrderedDict[BlockKey, tuple[ray.ObjectRef[Block], int]] = OrderedDict()
-        self._bytes = self._lookups = self._hits = self._evicted = 0
+        self._index: ShardIndex[ray.ObjectRef[Block]] = ShardIndex(budget_bytes)
 
     def lookup(self, keys: Sequence[BlockKey]) -> list[ray.ObjectRef[Block]]:
         """References of the leading keys that are here; who holds them keeps the blocks alive."""
-        found = []
-        for key in keys:
-            entry = self._blocks.get(key)
-            if entry is None:
-                break
-            found.append(entry[0])
-        # The first block last: what more prefixes share is evicted later.
-        for key in reversed(keys[: len(found)]):
-            self._blocks.move_to_end(key)
-        self._lookups += 1
-        self._hits += len(found)
-        return found
+        return self._index.lookup(keys)
 
     def publish(self, keys: Sequence[BlockKey], *blocks: Block) -> None:
-        """Take blocks; those that are here already are left as they are."""
-        for key, block in reversed(list(zip(keys, blocks, strict=True))):
-            if key in self._blocks or block.nbytes > self._budget:
-                continue
-            while self._bytes + block.nbytes > self._budget:
-                _, (_, size) = self._blocks.popitem(last=False)
-                self._bytes -= size
-                self._evicted += 1
-            self._blocks[key] = ray.put(block), block.nbytes
-            self._bytes += block.nbytes
+        """Take the blocks of the last keys of a chain; see ``ShardIndex.publish``."""
+        self._index.publish(keys, [block.nbytes for block in blocks], lambda i: ray.put(blocks[i]))
 
     def stats(self) -> StoreStats:
         """See ``StoreStats``."""
-        return StoreStats(len(self._blocks), self._bytes, self._lookups, self._hits, self._evicted)
+        return self._index.stats()
 
 
 def start_store(name: str, *, shards: int, budget_bytes: int) -> list[Any]:
@@ -142,7 +122,7 @@ class RayKVStore:
             self._away = deque(away)
         if len(self._away) < MAX_PUBLISHES_AWAY:
             shard = self._shards[index]
-            self._away.append(shard.publish.remote(list(keys[-len(blocks) :]), *blocks))
+            self._away.append(shard.publish.remote(list(keys), *blocks))
 
     def stats(self) -> StoreStats:
         """Of all shards that answer."""
