@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass, field
-from enum import StrEnum
-from pathlib import Path
-from typing import Any, TypeVar
 
-import yaml
-
+from fathom.pools import (
+    DataPlaneConfig,
+    DeepConfig,
+    KVStoreConfig,
+    Placement,
+    PoolConfig,
+    Topology,
+    leases_of,
+)
+from fathom.settings import (
+    ConfigError,
+    check_above_zero,
+    check_at_least,
+    from_mapping,
+    load_yaml,
+)
 from fathom.types import ComputePolicy, InvalidRequest
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "DTYPES",
+    "ConfigError",
+    "DataPlaneConfig",
+    "DeepConfig",
+    "EngineConfig",
+    "KVStoreConfig",
+    "Placement",
+    "PoolConfig",
+    "ServeConfig",
+    "Topology",
+    "from_mapping",
+    "load_yaml",
+]
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message names the field, the value and the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,13 +126,23 @@ class ServeConfig:
         engine: what each replica runs.
         model_name: the name clients ask for; empty takes ``engine.model``.
         host, port: where HTTP binds. Without an API key only loopback addresses are allowed.
+        num_ingress_replicas: processes that speak HTTP's side. Figures of requests in ``/metrics``
+            are then one series each.
+        topology: ``fused``, or ``disaggregated``: shallow and deep replicas apart.
         num_replicas: fused replicas (shallow and deep stage in one process).
-        cpus_per_replica: CPU cores of a replica, which is also its thread count.
-        max_ongoing_requests, max_queued_requests: the server takes ``num_replicas *
-            max_ongoing_requests + max_queued_requests`` requests at once, running and waiting;
-            further ones are answered 429.
+        cpus_per_replica: CPU cores of a fused replica, which is also its thread count.
+        shallow, deep: the pools of the disaggregated topology.
+        placement: where deep replicas are placed.
+        kv_store: the KV blocks that replicas share.
+        data_plane: the way of a flush.
+        max_ongoing_requests, max_queued_requests: the server takes ``max_ongoing_requests`` for
+            each fused or shallow replica, and ``max_queued_requests`` more, at once, running and
+            waiting; further ones are answered 429.
         request_timeout_s: deadline of a request that sets none.
         drain_s: seconds that a stopping replica lets its requests finish.
+        surge_percent: replicas that an update of a running application may start beyond their
+            number, so that none is missing meanwhile, at least one a kind; they need cores. 0
+            stops old replicas before it starts new ones; requests wait for those.
         stream_interval_s: a stream's first token leaves at once; afterwards tokens that come
             within this many seconds travel together. 0 sends each engine step's at once.
         max_body_bytes: largest request body.
@@ -122,15 +153,50 @@ class ServeConfig:
     model_name: str = ""
     host: str = "127.0.0.1"
     port: int = 8000
+    num_ingress_replicas: int = 1
+    topology: Topology = Topology.FUSED
     num_replicas: int = 1
     cpus_per_replica: float = 1
+    shallow: PoolConfig = field(default_factory=PoolConfig)
+    deep: DeepConfig = field(default_factory=DeepConfig)
+    placement: Placement = Placement.SPREAD
+    kv_store: KVStoreConfig = field(default_factory=KVStoreConfig)
+    data_plane: DataPlaneConfig = field(default_factory=DataPlaneConfig)
     max_ongoing_requests: int = 256
     max_queued_requests: int = 1024
     request_timeout_s: float = 600.0
     drain_s: float = 20.0
+    surge_percent: int = 25
     stream_interval_s: float = 0.02
     max_body_bytes: int = 8 << 20
     startup_timeout_s: float = 600.0
+
+    @property
+    def serving(self) -> PoolConfig:
+        """The pool behind the ingress: fused replicas, or shallow ones."""
+        if self.topology is Topology.DISAGGREGATED:
+            return self.shallow
+        return PoolConfig(num_replicas=self.num_replicas, cpus=self.cpus_per_replica)
+
+    @property
+    def max_requests(self) -> int:
+        """Requests that one ingress takes at once."""
+        total = self.serving.most * self.max_ongoing_requests + self.max_queued_requests
+        return math.ceil(total / self.num_ingress_replicas)
+
+    @property
+    def store_shards(self) -> int:
+        """Shards of the shared KV store; 0 for none."""
+        if self.kv_store.shards >= 0:
+            return self.kv_store.shards
+        shared = self.topology is Topology.DISAGGREGATED or self.num_replicas > 1
+        return 2 if shared else 0
+
+    @property
+    def leases(self) -> int:
+        """Shallow replicas that each deep replica can hold KV blocks for."""
+        surge = math.ceil(self.shallow.most * self.surge_percent / 100)
+        return leases_of(self.deep, self.shallow, self.placement, surge)
 
     def validate(self) -> None:
         """Check every field, the engine's included.
@@ -141,70 +207,28 @@ class ServeConfig:
         self.engine.validate()
         if not 1 <= self.port <= 65535:
             raise ConfigError(f"port must be from 1 to 65535, got {self.port!r}.")
-        for name in (
-            "num_replicas",
-            "cpus_per_replica",
-            "max_ongoing_requests",
-            "max_queued_requests",
-            "request_timeout_s",
-            "max_body_bytes",
-            "startup_timeout_s",
-        ):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)!r}.")
-        for name in ("drain_s", "stream_interval_s"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)!r}.")
-
-
-Config = TypeVar("Config")
-
-
-def from_mapping(kind: type[Config], values: Mapping[str, Any], where: str = "") -> Config:
-    """Build a config dataclass from a mapping, nested dataclasses included.
-
-    Raises:
-        ConfigError: for a key that the dataclass does not have, a nested value that is no mapping,
-            or a name that is none of an enumeration's. Ranges are checked by ``validate``.
-    """
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    arguments: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{where}{key}"
-        if key not in fields:
-            raise ConfigError(f"{name}: unknown setting; known: {', '.join(sorted(fields))}.")
-        default: Any = fields[key].default_factory
-        if isinstance(default, type) and dataclasses.is_dataclass(default):
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"{name} must be a mapping, got {value!r}.")
-            value = from_mapping(default, value, f"{name}.")
-        elif isinstance(member := fields[key].default, StrEnum):
-            value = _member(type(member), value, name)
-        arguments[key] = value
-    return kind(**arguments)
-
-
-def _member(kind: type[StrEnum], value: Any, name: str) -> StrEnum:
-    try:
-        return kind(value)
-    except ValueError:
-        raise ConfigError(f"{name} must be one of {', '.join(kind)}, got {value!r}.") from None
-
-
-def load_yaml(kind: type[Config], path: str | os.PathLike[str]) -> Config:
-    """Read a config dataclass from a YAML file.
-
-    Raises:
-        ConfigError: for a file that is missing, is no YAML mapping, or has an unknown key.
-    """
-    try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}.") from error
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: no valid YAML: {error}") from error
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{path}: the top level must be a mapping, got {type(values).__name__}.")
-    return from_mapping(kind, values)
+        check_above_zero(
+            self,
+            (
+                "num_ingress_replicas",
+                "num_replicas",
+                "cpus_per_replica",
+                "max_ongoing_requests",
+                "max_queued_requests",
+                "request_timeout_s",
+                "max_body_bytes",
+                "startup_timeout_s",
+            ),
+        )
+        check_at_least(self, ("drain_s", "surge_percent", "stream_interval_s"), 0)
+        if self.surge_percent > 100:
+            raise ConfigError(f"surge_percent must be at most 100, got {self.surge_percent!r}.")
+        self.shallow.validate("shallow.")
+        self.deep.validate("deep.")
+        self.kv_store.validate("kv_store.")
+        self.data_plane.validate("data_plane.")
+        if self.placement is Placement.BESIDE and self.deep.max_replicas:
+            raise ConfigError(
+                "deep.max_replicas must be 0 with placement: beside, where every shallow replica "
+                f"has a deep one of its own, got {self.deep.max_replicas}."
+            )

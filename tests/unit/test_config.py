@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from fathom.config import ConfigError, EngineConfig, ServeConfig, from_mapping, load_yaml
+from fathom.config import (
+    ConfigError,
+    DeepConfig,
+    EngineConfig,
+    KVStoreConfig,
+    Placement,
+    PoolConfig,
+    ServeConfig,
+    Topology,
+    from_mapping,
+    load_yaml,
+)
 from fathom.types import AcceptMode, ComputePolicy
 
 
@@ -52,3 +63,74 @@ def test_a_stack_must_fit_a_pass():
     with pytest.raises(ConfigError, match=r"must exceed compute.max_stack \(8\), got 8"):
         config.validate()
     from_mapping(EngineConfig, {"max_num_batched_tokens": 9}).validate()
+
+
+def test_pools_are_nested_settings(tmp_path):
+    path = tmp_path / "serve.yaml"
+    path.write_text(
+        "topology: disaggregated\nplacement: beside\n"
+        "shallow: {num_replicas: 2, max_replicas: 6}\ndeep: {cpus: 4}\n"
+        "kv_store: {budget_bytes: 1000}\ndata_plane: {tls: true}\n"
+    )
+    config = load_yaml(ServeConfig, path)
+    config.validate()
+    assert config.topology is Topology.DISAGGREGATED
+    assert config.placement is Placement.BESIDE
+    assert config.serving == config.shallow
+    assert config.deep.cpus == 4
+    assert config.data_plane.tls
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("topology: split", "topology must be one of fused, disaggregated, got 'split'"),
+        ("shallow: {num_replicas: 0}", "shallow.num_replicas must be above 0, got 0"),
+        ("deep: {leases: -1}", "deep.leases must be at least 0, got -1"),
+        ("deep: {max_replicas: 2, num_replicas: 3}", "deep.num_replicas must be from"),
+        ("kv_store: {shards: -2}", "kv_store.shards must be at least -1, got -2"),
+        ("data_plane: {deadline_s: 0}", "data_plane.deadline_s must be above 0, got 0"),
+        ("data_plane: {tls_key: key.pem}", "belong together: set all of them, or none"),
+        ("placement: beside\ndeep: {max_replicas: 2}", "deep.max_replicas must be 0 with"),
+        ("surge_percent: 101", "surge_percent must be at most 100, got 101"),
+    ],
+)
+def test_a_wrong_cluster_setting_is_named(tmp_path, text, words):
+    path = tmp_path / "serve.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load_yaml(ServeConfig, path).validate()
+
+
+def test_the_store_is_on_where_there_is_someone_to_share_with():
+    assert ServeConfig().store_shards == 0
+    assert ServeConfig(num_replicas=2).store_shards == 2
+    assert ServeConfig(topology=Topology.DISAGGREGATED).store_shards == 2
+    assert ServeConfig(num_replicas=2, kv_store=KVStoreConfig(shards=0)).store_shards == 0
+
+
+def test_all_ingresses_together_take_what_the_server_takes():
+    config = ServeConfig(
+        topology=Topology.DISAGGREGATED,
+        shallow=PoolConfig(num_replicas=1, max_replicas=3),
+        num_ingress_replicas=2,
+        max_ongoing_requests=10,
+        max_queued_requests=5,
+    )
+    assert config.max_requests == 18  # (3 * 10 + 5) / 2
+
+
+@pytest.mark.parametrize("shallow", [1, 2, 5])
+@pytest.mark.parametrize("deep", [1, 2, 4])
+@pytest.mark.parametrize("placement", list(Placement))
+def test_one_deep_replica_may_be_missing(shallow, deep, placement):
+    """Also while an update has started new shallow replicas and old ones drain."""
+    config = ServeConfig(
+        shallow=PoolConfig(num_replicas=shallow),
+        deep=DeepConfig(num_replicas=deep),
+        placement=placement,
+        surge_percent=25,
+    )
+    there = shallow if placement is Placement.BESIDE else deep
+    assert config.leases * max(1, there - 1) >= shallow + 1
+    assert ServeConfig(deep=DeepConfig(leases=7)).leases == 7
