@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 
 class BlockStorage(Protocol):
@@ -67,6 +69,28 @@ class KVPool:
             slots: [rows] int64. kv: [rows, 2 * num_kv_heads, head_dim], keys first.
         """
         self.data[layer].index_copy_(1, slots, kv.transpose(0, 1))
+
+    @property
+    def bytes_a_block(self) -> int:
+        """Bytes of one block over all layers."""
+        return self._slots_of(0).numel() * self.data.element_size()
+
+    def read_block(self, block: int) -> NDArray[np.uint8]:
+        """A copy of a block: [bytes_a_block] uint8, in the order of ``data``'s axes."""
+        content = self._slots_of(block).contiguous().cpu()
+        return content.view(torch.uint8).numpy().reshape(-1)
+
+    def write_block(self, block: int, content: NDArray[np.uint8]) -> None:
+        """Fill a block with what ``read_block`` gave.
+
+        Raises:
+            ValueError: for content of another size.
+        """
+        target = self._slots_of(block)
+        if len(content) != self.bytes_a_block:
+            raise ValueError(f"a block has {self.bytes_a_block} bytes, got {len(content)}")
+        values = torch.from_numpy(content.copy()).view(self.data.dtype)  # it may be read-only
+        target.copy_(values.view(target.shape))
 
     def copy_block(self, source: int, target: int) -> None:
         """See ``BlockStorage``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,9 +34,10 @@ class Verdict:
 
 def judge(
     decision: Decision,
-    logits: torch.Tensor,
+    logits: torch.Tensor | None,
     argmax: int,
     *,
+    draft_logprob: float = math.nan,
     compute: ComputePolicy,
     params: SamplingParams,
     seed: int,
@@ -53,8 +55,9 @@ def judge(
       min(1, p(x) / q(x)), else draw from max(0, p - q) normalised.
 
     Args:
-        logits: [vocabulary], adjusted (``sampling.adjust``), finite; float32 unless the request is
-            greedy and plain. argmax: its best token.
+        logits: [vocabulary], adjusted (``sampling.adjust``), finite; None where the request is
+            greedy and plain, so that ``argmax`` (its best token) and ``draft_logprob`` say all.
+        draft_logprob: of the draft, where the deep stage was asked for it; else NaN.
         seed, epoch: of the sequence, for its draws.
     """
 
@@ -64,6 +67,7 @@ def judge(
     def deep_token() -> int:
         if sampling.is_greedy(params):
             return argmax
+        assert logits is not None
         probs = sampling.distribution(logits, params)
         return sampling.draw(probs, draw_uniform(Draw.DEEP))
 
@@ -75,7 +79,9 @@ def judge(
         case AcceptMode.FREE:
             return Verdict(draft, kept=True, agreed=draft == argmax, deep_argmax=argmax)
         case AcceptMode.ROLLBACK:
-            surprise = -float(torch.log_softmax(logits.float(), dim=-1)[draft])
+            surprise = -draft_logprob
+            if logits is not None:
+                surprise = -float(torch.log_softmax(logits.float(), dim=-1)[draft])
             kept = surprise <= compute.rollback_nats
             return Verdict(
                 draft if kept else deep_token(), kept=kept, agreed=kept, deep_argmax=argmax
@@ -84,6 +90,7 @@ def judge(
             return Verdict(argmax, kept=draft == argmax, agreed=draft == argmax, deep_argmax=argmax)
         case AcceptMode.EXACT:
             assert decision.draft_probs is not None
+            assert logits is not None
             deep_probs = sampling.distribution(logits, params)
             ratio = float(deep_probs[draft] / decision.draft_probs[draft])
             if draw_uniform(Draw.ACCEPT) < ratio:

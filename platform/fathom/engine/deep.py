@@ -12,7 +12,9 @@ import torch
 
 from fathom.attention.backend import SequenceRows
 from fathom.attention.paged_cache import PagedKVCache
+from fathom.engine.shared import SharedBlocks
 from fathom.engine.stage import Stage
+from fathom.kvstore.keys import BlockKey
 
 
 class DeepLost(ConnectionError):
@@ -28,9 +30,12 @@ class FlushItem:
         start: position of the first row. Everything that the blocks hold from there on was cut by
             the engine and is overwritten.
         hidden: [rows, d] exit-layer hidden states.
-        num_outputs: logits are wanted for this many of the last rows that layers run over.
+        num_outputs: an answer is wanted for this many of the last rows that layers run over.
         copied: rows of ``hidden``, ascending, that no layer runs over: their keys and values are
             projected from it (CALM).
+        logits: whether whole rows of logits are wanted, beside the best token of each: a
+            vocabulary of them is by far the largest thing that can travel back.
+        drafts: tokens whose logprob is wanted, one an output or none at all; -1 asks for none.
     """
 
     seq_id: int
@@ -39,6 +44,13 @@ class FlushItem:
     hidden: torch.Tensor
     num_outputs: int
     copied: Sequence[int] = ()
+    logits: bool = True
+    drafts: Sequence[int] = ()
+
+    @property
+    def num_logits(self) -> int:
+        """Rows of logits in the answer."""
+        return self.num_outputs if self.logits else 0
 
     def parts(self, *, copied: bool) -> tuple[list[SequenceRows], list[torch.Tensor]]:
         """Runs of rows that are copied, or that layers run over, with their states."""
@@ -57,14 +69,27 @@ class FlushItem:
 
 @dataclass(frozen=True, slots=True)
 class FlushResult:
-    """The deep stage's answer.
+    """The deep stage's answer, item after item.
 
     Attributes:
-        logits: [sum of num_outputs, vocabulary], item after item, in the model's dtype: greedy
-            rows need no more, and a copy of all of them in float32 costs as much as a layer.
+        best, argmax: [sum of num_outputs] largest logit of each row and its token. A NaN counts as
+            the largest, so ``best`` is finite iff the row holds neither NaN nor +inf.
+        logprobs: [sum of num_outputs] natural logs of the drafts' probabilities at temperature 1,
+            NaN where none was asked for.
+        logits: [sum of num_logits, vocabulary] in the model's dtype: greedy rows need no more, and
+            a copy of all of them in float32 costs as much as a layer.
     """
 
+    best: Sequence[float]
+    argmax: Sequence[int]
+    logprobs: Sequence[float]
     logits: torch.Tensor
+
+    def part(self, first: int, outputs: int, first_logits: int, logits: int) -> FlushResult:
+        """The answer to some of the items: ``outputs`` rows, and ``logits`` rows of logits."""
+        own = slice(first, first + outputs)
+        rows = self.logits[first_logits : first_logits + logits]
+        return FlushResult(self.best[own], self.argmax[own], self.logprobs[own], rows)
 
 
 class DeepStage(Protocol):
@@ -83,6 +108,27 @@ class DeepStage(Protocol):
     @property
     def may_be_lost(self) -> bool:
         """Whether it can fail on its own, so that what it must know has to be kept here."""
+        ...
+
+    def load(self, blocks: Sequence[int], keys: Sequence[BlockKey]) -> Future[int]:
+        """Fill blocks from the KV store.
+
+        Args:
+            blocks: of the pool, in order; nobody looks at them until the answer is there.
+            keys: of one chain from its first block on; the last ``len(blocks)`` are wanted.
+
+        Returns:
+            how many of the blocks, from the first on, hold now what their keys say. Never fails:
+            what cannot be had is not counted.
+        """
+        ...
+
+    def publish(self, blocks: Sequence[int], keys: Sequence[BlockKey]) -> None:
+        """Offer blocks to the KV store, as they are after everything that was flushed before.
+
+        Args:
+            keys: of one chain from its first block on; ``blocks`` are those of the last ones.
+        """
         ...
 
     def flush(self, items: Sequence[FlushItem]) -> Future[FlushResult]:
@@ -110,11 +156,18 @@ class DeepStage(Protocol):
 
 
 class LocalDeepStage:
-    """The deep stage in this process: its answer is there when ``flush`` returns."""
+    """The deep stage in this process: its answer is there when ``flush`` returns.
 
-    def __init__(self, stage: Stage, cache: PagedKVCache) -> None:
+    Args:
+        shared: what the stage shares with other replicas, if anything.
+    """
+
+    def __init__(
+        self, stage: Stage, cache: PagedKVCache, shared: SharedBlocks | None = None
+    ) -> None:
         self._stage = stage
         self._cache = cache
+        self._shared = shared
 
     @property
     def cache(self) -> PagedKVCache:
@@ -129,18 +182,33 @@ class LocalDeepStage:
     def flush(self, items: Sequence[FlushItem]) -> Future[FlushResult]:
         """See ``DeepStage.flush``."""
         answer: Future[FlushResult] = Future()
-        answer.set_result(FlushResult(run_flush(self._stage, items)))
+        answer.set_result(run_flush(self._stage, items))
         return answer
+
+    def load(self, blocks: Sequence[int], keys: Sequence[BlockKey]) -> Future[int]:
+        """See ``DeepStage.load``."""
+        if self._shared is not None:
+            return self._shared.load(blocks, keys)
+        nothing: Future[int] = Future()
+        nothing.set_result(0)
+        return nothing
+
+    def publish(self, blocks: Sequence[int], keys: Sequence[BlockKey]) -> None:
+        """See ``DeepStage.publish``."""
+        if self._shared is not None:
+            self._shared.publish(blocks, keys)
 
     def reopen(self) -> None:
         """Nothing of it is ever lost."""
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Let nothing more be loaded or published."""
+        if self._shared is not None:
+            self._shared.close()
 
 
-def run_flush(stage: Stage, items: Sequence[FlushItem]) -> torch.Tensor:
-    """Run the items' rows through a stage; the logits of a ``FlushResult``."""
+def run_flush(stage: Stage, items: Sequence[FlushItem]) -> FlushResult:
+    """Run the items' rows through a stage, and read what is wanted off the logits."""
     copied_rows: list[SequenceRows] = []
     copied_states: list[torch.Tensor] = []
     rows: list[SequenceRows] = []
@@ -159,10 +227,35 @@ def run_flush(stage: Stage, items: Sequence[FlushItem]) -> torch.Tensor:
         wanted += range(row - item.num_outputs, row)
     if copied_rows:
         stage.copy_states(copied_rows, torch.cat(copied_states))
-    if not rows:
-        return items[0].hidden.new_empty(0, stage.decoder.config.vocab_size)
-    hidden = states[0] if len(states) == 1 else torch.cat(states)
-    out = stage.run(stage.plan(rows), hidden)
+    if rows:
+        out = stage.run(stage.plan(rows), states[0] if len(states) == 1 else torch.cat(states))
+    if not wanted:  # a part of a long prompt
+        decoder = stage.decoder
+        empty = torch.empty(0, decoder.config.vocab_size, dtype=decoder.dtype)
+        return FlushResult([], [], [], empty)
     if len(wanted) < len(out):
         out = out[torch.tensor(wanted, dtype=torch.int64, device=out.device)]
-    return stage.decoder.logits(out)
+    return _read(stage.decoder.logits(out), items)
+
+
+def _read(logits: torch.Tensor, items: Sequence[FlushItem]) -> FlushResult:
+    """Reduce [outputs, vocabulary] to what the items want of it."""
+    # One reduction serves all greedy choices, and shows what is not finite.
+    best, argmax = (values.tolist() for values in logits.max(dim=-1))
+    logprobs = [float("nan")] * len(argmax)
+    drafted: list[tuple[int, int]] = []
+    kept: list[int] = []
+    row = 0
+    for item in items:
+        drafted += [(row + i, token) for i, token in enumerate(item.drafts) if token >= 0]
+        if item.logits:
+            kept += range(row, row + item.num_outputs)
+        row += item.num_outputs
+    if drafted:
+        rows, tokens = zip(*drafted, strict=True)
+        scores = torch.log_softmax(logits[list(rows)].float(), dim=-1)
+        for index, (at, token) in enumerate(zip(rows, tokens, strict=True)):
+            logprobs[at] = float(scores[index, token])
+    if len(kept) < len(argmax):
+        logits = logits[kept]
+    return FlushResult(best, argmax, logprobs, logits)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-
-import torch
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any
 
 from fathom.config import EngineConfig
 from fathom.engine import sampling
 from fathom.engine.accept import judge
 from fathom.engine.costs import FlushRule, StageCosts
-from fathom.engine.deep import DeepLost, DeepStage
-from fathom.engine.flights import Answer, Flights
+from fathom.engine.deep import DeepLost, DeepStage, FlushResult
+from fathom.engine.flights import Answer, Flights, reads_logits
 from fathom.engine.info import EngineInfo
 from fathom.engine.output import confirm, take_output
 from fathom.engine.requests import check_request, new_sequences
@@ -28,6 +28,9 @@ from fathom.types import (
     Request,
     RequestOutput,
 )
+
+_LONGEST_WAIT_S = 0.02
+"""Seconds that a step with nothing to do waits for answers."""
 
 
 class Engine:
@@ -61,7 +64,8 @@ class Engine:
         self._scheduler = scheduler
         self._new_detokenizer = new_detokenizer
         self._flush_rule = FlushRule(stage_costs)
-        self._flights = Flights(deep, ledger, keep_states=deep.may_be_lost)
+        self._keep_states = deep.may_be_lost or scheduler.shared is not None
+        self._flights = Flights(deep, ledger, keep_states=self._keep_states)
         self._live: dict[str, list[Sequence]] = {}
         self._next_seq_id = 0
         self._outputs: list[RequestOutput] = []
@@ -134,13 +138,15 @@ class Engine:
             what is new: tokens, text, ends.
         """
         self._end_expired()
+        self._land_loads()
         work = self._scheduler.schedule()
         if work:
             self._draft(work)
-        self._collect(block=False)
+        self._collect()
         flushed = self._flush()
-        # Nothing to draft and nothing to flush: only an answer can move things on.
-        self._collect(block=not work and not flushed)
+        if not work and not flushed:  # only an answer can move things on
+            self._wait_for_answer()
+        self._collect()
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -155,6 +161,7 @@ class Engine:
             "kv_cache_usage_perc": usage,
             "prefix_cache_queries": self._scheduler.prefix_queries,
             "prefix_cache_hits": self._scheduler.prefix_hits,
+            "kv_store_hits": 0 if self._scheduler.shared is None else self._scheduler.shared.tokens,
             "num_preemptions": total.preemptions,
             "exit_rate": total.exit_rate,
             "acceptance_rate": total.acceptance_rate or 0.0,
@@ -177,8 +184,10 @@ class Engine:
         self._deep.cache.check_integrity(running)
 
     def close(self) -> None:
-        """Release the deep stage."""
+        """Release the deep stage and the KV store."""
         self._deep.close()
+        if self._scheduler.shared is not None:
+            self._scheduler.shared.close()
 
     # Draft
 
@@ -220,10 +229,26 @@ class Engine:
         self._flights.send(chosen)
         return True
 
-    def _collect(self, *, block: bool) -> None:
-        """Take in the answers that are there, in order; wait for the first if ``block``."""
+    def _wait_for_answer(self) -> None:
+        """Wait for whatever is away, but not for long: new requests and cancellations wait too."""
+        shared, flight = self._scheduler.shared, self._flights.next_answer
+        away: list[Future[Any]] = [] if shared is None else list(shared.next_answers)
+        if flight is not None:
+            away.append(flight)
+        if away:
+            wait(away, timeout=_LONGEST_WAIT_S, return_when=FIRST_COMPLETED)
+
+    def _land_loads(self, *, block: bool = False) -> None:
+        """Let sequences go on whose blocks have come; wait for all of them if ``block``."""
+        shared = self._scheduler.shared
+        for seq in shared.land(block=block) if shared is not None else ():
+            if seq.finish_reason is not None:  # it was ended in the meantime
+                self._retire(seq)
+
+    def _collect(self) -> None:
+        """Take in the answers that are there, in order."""
         lost = False
-        for answer in self._flights.land(block=block):
+        for answer in self._flights.land(block=False):
             seq = answer.share.seq
             lost = lost or answer.lost
             if seq.finish_reason in (FinishReason.CANCELLED, FinishReason.DEADLINE):
@@ -248,6 +273,7 @@ class Engine:
         """
         for _ in self._flights.land_all():
             pass  # they went to the same place
+        self._land_loads(block=True)
         for seq in reversed(list(self._scheduler.running)):
             if seq.finish_reason is not None:  # it only waited to be told of its last drafts
                 self._retire(seq)
@@ -265,19 +291,21 @@ class Engine:
 
     def _take_in(self, answer: Answer) -> None:
         """Take in the answer to one sequence: the prompt's scores, then decisions."""
-        share, scored = answer.share, answer.share.scored
+        share, scored, result = answer.share, answer.share.scored, answer.result
+        assert result is not None
         if scored and share.seq.scores is not None:
-            share.seq.scores.add(answer.logits[:scored])
+            share.seq.scores.add(result.logits[:scored])
         if share.whole:
-            self._accept(share.seq, answer.logits[scored:], answer.argmax[scored:])
+            rows = len(result.logits)
+            self._accept(share.seq, result.part(scored, share.decisions, scored, rows))
 
     # Accept
 
-    def _accept(self, seq: Sequence, logits: torch.Tensor, argmax: list[int]) -> None:
+    def _accept(self, seq: Sequence, result: FlushResult) -> None:
         """Apply the accept mode to the pending decisions of one sequence.
 
         Args:
-            logits: [pending decisions, vocabulary], finite. argmax: of each row.
+            result: a row a decision, finite.
         """
         if not seq.max_tokens:
             self._end_scored(seq)
@@ -286,9 +314,13 @@ class Engine:
         pending, seq.pending = seq.judged, []
         seq.waiting = False
         as_it_is = sampling.is_greedy(params) and sampling.is_plain(params)
-        for decision, row, choice in zip(pending, logits, argmax, strict=True):
+        rows = result.logits if reads_logits(seq) else [None] * len(pending)
+        for decision, row, choice, logprob in zip(
+            pending, rows, result.argmax, result.logprobs, strict=True
+        ):
             scores = row
             if not as_it_is:
+                assert row is not None
                 scores = sampling.adjust(
                     row,
                     params,
@@ -301,6 +333,7 @@ class Engine:
                 decision,
                 scores,
                 choice,
+                draft_logprob=logprob,
                 compute=compute,
                 params=params,
                 seed=seq.seed,
@@ -350,7 +383,8 @@ class Engine:
             self._deep.cache.fork(seq.seq_id, child.seq_id, length)
             child.restart(length)
             child.cached_tokens = length
-            if self._deep.may_be_lost:
+            child.shared_blocks = seq.shared_blocks
+            if self._keep_states:
                 child.states = seq.states.fork(length)
 
     # Ends

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-import torch
-
+from fathom.engine import sampling
 from fathom.engine.deep import DeepLost, DeepStage, FlushItem, FlushResult
 from fathom.engine.sequence import Sequence as Completion
 from fathom.ledger import Ledger
+from fathom.types import AcceptMode
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +40,19 @@ class Answer:
     """What came back for one sequence.
 
     Attributes:
-        logits: [share.outputs, vocabulary]. best, argmax: of each row; a NaN counts as the
-            largest, so ``best`` is finite iff the row holds neither NaN nor +inf.
-        error: why there is none of them. lost: because the deep stage is gone.
+        result: ``share.outputs`` rows; None after a failure.
+        error: why. lost: because the deep stage is gone.
     """
 
     share: Share
-    logits: torch.Tensor
-    best: list[float]
-    argmax: list[int]
+    result: FlushResult | None = None
     error: str | None = None
     lost: bool = False
+
+    @property
+    def best(self) -> Sequence[float]:
+        """The largest logit of each row: finite iff the row is."""
+        return () if self.result is None else self.result.best
 
 
 class Flights:
@@ -92,6 +94,8 @@ class Flights:
                     seq.states.rows(seq.deep_len, seq.deep_len + rows),
                     share.outputs,
                     copied,
+                    logits=reads_logits(seq),
+                    drafts=_drafts(seq) if whole else (),
                 )
             )
             shares.append(share)
@@ -110,6 +114,11 @@ class Flights:
         self._ledger.enter_flush([share.seq.compute for share in shares])
         self._away.append((self._deep.flush(items), shares))
 
+    @property
+    def next_answer(self) -> Future[FlushResult] | None:
+        """The first answer that is awaited; None if nothing is away."""
+        return self._away[0][0] if self._away else None
+
     def land_all(self) -> Iterator[Answer]:
         """Every answer; waits for all that is away."""
         while self._away:
@@ -126,19 +135,35 @@ class Flights:
             for share in shares:
                 share.seq.in_flight = False
             try:
-                logits = future.result().logits
-                # One reduction serves all greedy choices, and shows what is not finite.
-                best, argmax = (values.tolist() for values in logits.max(dim=-1))
+                result = future.result()
             except Exception as error:
                 reason, lost = f"the deep stage failed: {error}", isinstance(error, DeepLost)
                 for share in shares:
-                    yield Answer(share, torch.empty(0), [], [], reason, lost)
+                    yield Answer(share, None, reason, lost)
                 continue
-            row = 0
+            row = logits_row = 0
             for share in shares:
                 share.seq.deep_len += share.rows
                 if not self._keep_states:
                     share.seq.states.drop(share.seq.deep_len)
-                own = slice(row, row + share.outputs)
+                logits = share.outputs if reads_logits(share.seq) else 0
+                yield Answer(share, result.part(row, share.outputs, logits_row, logits))
                 row += share.outputs
-                yield Answer(share, logits[own], best[own], argmax[own])
+                logits_row += logits
+
+
+def reads_logits(seq: Completion) -> bool:
+    """Whether whole rows of logits are needed, more than the best token of each.
+
+    Fixed for a sequence: a flush that is away is read as it was sent.
+    """
+    params = seq.request.sampling
+    plain = sampling.is_greedy(params) and sampling.is_plain(params)
+    return not plain or params.logprobs is not None or seq.scores is not None
+
+
+def _drafts(seq: Completion) -> list[int]:
+    """Drafts whose logprob mode ``rollback`` asks for, one an output; empty for other modes."""
+    if seq.request.compute.mode is not AcceptMode.ROLLBACK or reads_logits(seq):
+        return []
+    return [-1 if decision.token is None else decision.token for decision in seq.judged]

@@ -10,16 +10,20 @@ from fathom.ledger import Ledger
 from fathom.types import FinishReason, RequestOutput, Token, Usage
 
 
-def confirm(seq: Sequence, token: int, depth: int, logits: torch.Tensor, ledger: Ledger) -> None:
+def confirm(
+    seq: Sequence, token: int, depth: int, logits: torch.Tensor | None, ledger: Ledger
+) -> None:
     """Make one token final, and see whether the completion ends with it.
 
     Args:
         depth: layers that had run when it was decided.
-        logits: [vocabulary] that it was chosen from, as the model gave them.
+        logits: [vocabulary] that it was chosen from, as the model gave them; None where no
+            logprobs are asked for.
     """
     params = seq.request.sampling
     logprob = top = None
     if params.logprobs is not None:
+        assert logits is not None
         logprob, top = sampling.logprobs_of(logits, token, params.logprobs)
     seq.confirmed += 1
     seq.new_tokens.append(Token(token, depth, logprob, top))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fathom.attention.paged_cache import PagedKVCache
+from fathom.engine.prefixes import SharedPrefixes
 from fathom.engine.sequence import Sequence
 from fathom.kvstore.keys import KeyRoot, extend_keys
 
@@ -33,6 +34,9 @@ class Scheduler:
         roots: key roots of the two stages for a cache salt, and for whether a request drafts.
         max_rows: most rows of a pass. max_sequences: most sequences that run at once.
         on_preempt: told of each sequence that will be recomputed.
+
+    Attributes:
+        shared: blocks of other replicas, or None. Set by who builds the engine.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Scheduler:
         self._max_sequences = max_sequences
         self._prefix_caching = prefix_caching
         self._on_preempt = on_preempt
+        self.shared: SharedPrefixes | None = None
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.prefix_queries = 0
@@ -81,7 +86,7 @@ class Scheduler:
                 break
             self.waiting.popleft()
             self.running.append(seq)
-            rows = min(seq.rows_due, budget)
+            rows = 0 if seq.in_flight else min(seq.rows_due, budget)
             if rows and self.shallow_cache.grow(seq.seq_id, seq.shallow_len + rows):
                 work.append(ShallowWork(seq, rows))
                 budget -= rows
@@ -139,12 +144,13 @@ class Scheduler:
         final = min(seq.shallow_len, seq.deep_len, seq.confirmed) // size
         if seq.request.compute.copies_states:  # copied keys and values are nobody else's
             final = min(final, seq.num_prompt // size)
-        if final <= seq.published_blocks:
-            return
         self._extend_keys(seq)
-        self.shallow_cache.publish(seq.seq_id, seq.shallow_keys[:final])
-        self._deep.publish(seq.seq_id, seq.deep_keys[:final])
-        seq.published_blocks = final
+        if final > seq.published_blocks:
+            self.shallow_cache.publish(seq.seq_id, seq.shallow_keys[:final])
+            self._deep.publish(seq.seq_id, seq.deep_keys[:final])
+            seq.published_blocks = final
+        if self.shared is not None:
+            self.shared.publish(seq, final)
 
     def preempt(self, seq: Sequence) -> None:
         """Take a running sequence's blocks away; it waits, first in line, to be recomputed."""
@@ -156,9 +162,16 @@ class Scheduler:
         self._on_preempt(seq)
 
     def rebuild_deep(self, seq: Sequence) -> None:
-        """Open a running sequence in a deep stage that is empty: its whole stack goes there."""
+        """Open a running sequence in a deep stage that is empty.
+
+        It loads what the KV store has; what is left of the stack goes there as states.
+        """
         self._deep.open(seq.seq_id)
         seq.deep_len = seq.published_blocks = 0
+        if self.shared is not None:
+            self._extend_keys(seq)
+            limit = min(self._final_rows(seq), seq.shallow_len) // self._deep.block_size
+            self.shared.begin_deep(seq, min(limit, len(seq.deep_keys)))
 
     def _make_room(
         self,
@@ -189,7 +202,8 @@ class Scheduler:
 
     def _admit(self, seq: Sequence) -> bool:
         """Open a waiting sequence in both caches if its tokens fit now."""
-        shallow_keys, deep_keys = self._reusable_keys(seq)
+        limit, hits = self._reusable_blocks(seq)
+        shallow_keys, deep_keys = seq.shallow_keys[:hits], seq.deep_keys[:hits]
         # One more block each, so that a sequence is not admitted only to be preempted at once.
         due = len(seq.tokens) + 1
         for cache, keys in ((self.shallow_cache, shallow_keys), (self._deep, deep_keys)):
@@ -207,17 +221,27 @@ class Scheduler:
             self.prefix_hits += seq.shallow_len
         if not seq.compute.preemptions:
             seq.cached_tokens = seq.shallow_len
+        seq.shared_blocks = hits
+        if self.shared is not None:
+            self.shared.begin(seq, hits, limit)
         return True
 
-    def _reusable_keys(self, seq: Sequence) -> tuple[list[bytes], list[bytes]]:
-        """Keys of the leading blocks that both stages have.
+    def _reusable_blocks(self, seq: Sequence) -> tuple[int, int]:
+        """Leading blocks that may come from elsewhere, and those of them that both stages have.
 
-        Blocks of one stage alone are of no use: without the deep KV the exit states of those
+        Blocks of one stage alone are of no use here: without the deep KV the exit states of those
         rows would be missing, and without the shallow KV nothing can be drafted.
         """
         if not self._prefix_caching:
-            return [], []
+            return 0, 0
         self._extend_keys(seq)
+        limit = self._final_rows(seq) // self.shallow_cache.block_size
+        shallow, deep = seq.shallow_keys[:limit], seq.deep_keys[:limit]
+        hits = min(self.shallow_cache.match(shallow), self._deep.match(deep))
+        return min(limit, len(shallow)), hits
+
+    def _final_rows(self, seq: Sequence) -> int:
+        """Leading rows that need not run here: nothing is decided or scored at them."""
         # The last token always runs, and so does every row that still has to be judged.
         limit = min([len(seq.tokens) - 1, *(d.position for d in seq.pending)])
         # Cached rows have no logits, so they end where the prompt still has to be scored.
@@ -225,10 +249,7 @@ class Scheduler:
             limit = min(limit, seq.scores.num_rows)
         if seq.copied:  # a row that was copied stays a copy, also when it is recomputed
             limit = min(limit, seq.copied[0])
-        blocks = limit // self.shallow_cache.block_size
-        shallow, deep = seq.shallow_keys[:blocks], seq.deep_keys[:blocks]
-        hits = min(self.shallow_cache.match(shallow), self._deep.match(deep))
-        return shallow[:hits], deep[:hits]
+        return limit
 
     def _extend_keys(self, seq: Sequence) -> None:
         # Final tokens only: a draft that is cut would leave its key behind.

@@ -58,6 +58,7 @@ class Sequence:
         epoch: number of cuts so far (see ``random.uniform``).
         finish_reason: set once no more tokens come; a final flush may still be due.
         published_blocks: leading blocks that the prefix cache knows in both stages.
+        shared_blocks: leading blocks that were offered to the KV store, or came from there.
         children: sequences of the same request that will share this one's prompt blocks.
         scores: of the prompt, where they are asked for; completion 0 alone has them.
     """
@@ -86,6 +87,7 @@ class Sequence:
     epoch: int = 0
     confirmed: int = 0
     published_blocks: int = 0
+    shared_blocks: int = 0
     cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -160,5 +162,5 @@ class Sequence:
     def restart(self, length: int) -> None:
         """Go on from the first ``length`` positions, which have KV in both stages."""
         self.shallow_len = self.deep_len = length
-        self.published_blocks = 0
+        self.published_blocks = self.shared_blocks = 0
         self.states = ExitStates(length)

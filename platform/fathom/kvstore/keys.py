@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 BlockKey = bytes
 
+KEY_BYTES = 16
+"""Length of a key."""
+
 
 @dataclass(frozen=True, slots=True)
 class KeyRoot:
@@ -41,7 +44,7 @@ class KeyRoot:
             self.dtype,
             self.salt,
         )
-        digest = hashlib.blake2b(digest_size=16)
+        digest = hashlib.blake2b(digest_size=KEY_BYTES)
         for field in fields:
             encoded = field.encode()
             # Lengths keep ("ab", "c") apart from ("a", "bc").
@@ -63,5 +66,5 @@ def extend_keys(
     parent = keys[-1] if keys else root.key()
     for index in range(len(keys), len(token_ids) // block_size):
         block = array("q", token_ids[index * block_size : (index + 1) * block_size])
-        parent = hashlib.blake2b(parent + block.tobytes(), digest_size=16).digest()
+        parent = hashlib.blake2b(parent + block.tobytes(), digest_size=KEY_BYTES).digest()
         keys.append(parent)

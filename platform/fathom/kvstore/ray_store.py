@@ -7,6 +7,7 @@ shard that dies takes its blocks along and comes back empty.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from fathom.kvstore.store import Block, BlocksGone, StoreStats
 
 NAMESPACE = "fathom"
 LOOKUP_TIMEOUT_S = 0.5
-FETCH_TIMEOUT_S = 10.0
+FETCH_TIMEOUT_S = 3.0
 MAX_PUBLISHES_AWAY = 64
 _PAUSE_AFTER_FAILURE_S = 5.0
 
@@ -86,7 +87,7 @@ def stop_store(name: str, *, shards: int) -> None:
 
 
 class RayKVStore:
-    """A client of a store; see ``fathom.kvstore.store.KVStore``. Not thread-safe.
+    """A client of a store; see ``fathom.kvstore.store.KVStore``.
 
     A shard that fails or hangs is left alone for a few seconds: no request waits for it twice.
     """
@@ -95,6 +96,7 @@ class RayKVStore:
         self._shards = list(shards)
         self._avoid_until = [0.0] * len(self._shards)
         self._away: deque[ray.ObjectRef[None]] = deque()
+        self._lock = threading.Lock()  # of what is away; the rest is written whole
 
     def lookup(self, keys: Sequence[BlockKey]) -> RayHits:
         """See ``KVStore.lookup``."""
@@ -117,12 +119,13 @@ class RayKVStore:
         index = self._place(keys)
         if time.monotonic() < self._avoid_until[index]:
             return
-        if self._away:
-            _, away = ray.wait(list(self._away), num_returns=len(self._away), timeout=0)
-            self._away = deque(away)
-        if len(self._away) < MAX_PUBLISHES_AWAY:
-            shard = self._shards[index]
-            self._away.append(shard.publish.remote(list(keys), *blocks))
+        with self._lock:
+            if self._away:
+                _, away = ray.wait(list(self._away), num_returns=len(self._away), timeout=0)
+                self._away = deque(away)
+            if len(self._away) < MAX_PUBLISHES_AWAY:
+                shard = self._shards[index]
+                self._away.append(shard.publish.remote(list(keys), *blocks))
 
     def stats(self) -> StoreStats:
         """Of all shards that answer."""
@@ -148,10 +151,10 @@ class RayHits:
     def __len__(self) -> int:
         return len(self._references)
 
-    def fetch(self) -> Sequence[Block]:
+    def fetch(self, start: int = 0) -> Sequence[Block]:
         """See ``Hits.fetch``: one get for all."""
         try:
-            found: list[Block] = ray.get(self._references, timeout=FETCH_TIMEOUT_S)
+            found: list[Block] = ray.get(self._references[start:], timeout=FETCH_TIMEOUT_S)
         except RayError as error:
             raise BlocksGone(str(error).partition("\n")[0]) from error
         return [np.asarray(block) for block in found]

@@ -28,8 +28,8 @@ class Hits(Protocol):
         """How many."""
         ...
 
-    def fetch(self) -> Sequence[Block]:
-        """All of them, in order.
+    def fetch(self, start: int = 0) -> Sequence[Block]:
+        """Those from number ``start`` on, in order.
 
         Raises:
             BlocksGone: if one is lost, or they do not come in time.
@@ -38,7 +38,7 @@ class Hits(Protocol):
 
 
 class KVStore(Protocol):
-    """Immutable blocks by key. Losing any of them costs hits, never correctness."""
+    """Immutable blocks by key. Losing any of them costs hits, never correctness. Thread-safe."""
 
     def lookup(self, keys: Sequence[BlockKey]) -> Hits:
         """Find the blocks of a prefix in one call.

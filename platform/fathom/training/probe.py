@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from fathom.engine.build import measure_stage_costs
+from fathom.engine.measure import measure_stage_costs
 from fathom.engine.costs import StageCosts
 from fathom.exits.confidence import softmax_gap
 from fathom.models.decoder import Decoder

@@ -212,14 +212,16 @@ class _Poisoned:
         return self._inner.cache
 
     def flush(self, items):
-        logits = self._inner.flush(items).result().logits.clone()
+        result = self._inner.flush(items).result()
+        logits = result.logits.clone()
         row = 0
         for item in items:
             if item.seq_id == self._seq_id and item.num_outputs:
                 logits[row, 3] = float("nan")
             row += item.num_outputs
         future: Future[FlushResult] = Future()
-        future.set_result(FlushResult(logits))
+        best, argmax = (values.tolist() for values in logits.max(dim=-1))
+        future.set_result(FlushResult(best, argmax, result.logprobs, logits))
         return future
 
     def reopen(self) -> None: ...
