@@ -14,7 +14,7 @@ import fathom
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "platform" / "fathom"
-CORE = ("engine", "models", "attention", "exits", "bench")
+CORE = ("engine", "models", "attention", "exits", "bench", "routing")
 NOT_IN_CORE = {"ray", "mlflow", "fastapi", "starlette", "uvicorn", "vllm"}
 
 

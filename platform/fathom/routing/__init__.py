@@ -1,0 +1,1 @@
+"""Which replica gets a request: sessions, prefixes, load. Plain Python, no Ray."""
