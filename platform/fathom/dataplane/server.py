@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import hmac
+import queue
 import threading
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.flight as flight
-import torch
 
-from fathom.dataplane import protocol
-from fathom.dataplane.protocol import Hello, ProtocolError, Tls
-from fathom.dataplane.worker import DeepWorker
+from fathom.dataplane import messages
+from fathom.dataplane.leases import Leases
+from fathom.dataplane.protocol import (
+    BlockOp,
+    Flush,
+    Hello,
+    KeyedBlocks,
+    Lease,
+    ProtocolError,
+    Reply,
+    Tls,
+)
+from fathom.dataplane.worker import DeepWorker, Work
+from fathom.engine.shared import SharedBlocks
 
-MAX_IN_FLIGHT = 64
-"""Flushes of one exchange that may wait for their answer; more ends the exchange."""
+MAX_IN_FLIGHT = 256
+"""Flushes of one exchange that may wait for their reply; more ends the exchange."""
+
+BEAT_S = 1.0
+"""Seconds without a reply after which a server gives a sign of life."""
 
 
 class DeepServer:
@@ -31,6 +45,8 @@ class DeepServer:
         token: what clients must show.
         host, port: to listen on; 0 takes a free port.
         tls: certificate and key; None leaves the connection open to who can listen to it.
+        costs: (rows, seconds) of a deep pass, told to clients.
+        shared: the stage's blocks in the KV store, if there is one.
 
     Attributes:
         address: for clients, with the port that was taken.
@@ -45,14 +61,14 @@ class DeepServer:
         host: str = "127.0.0.1",
         port: int = 0,
         tls: Tls | None = None,
+        costs: Sequence[tuple[int, float]] = ((1, 0.0),),
+        shared: SharedBlocks | None = None,
     ) -> None:
         scheme = "grpc" if tls is None else "grpc+tls"
-        self._leases = _Leases(hello.num_blocks)
+        self._leases = Leases(hello.num_blocks)
         self._server = _FlightServer(
             f"{scheme}://{host}:{port}",
-            worker,
-            hello,
-            self._leases,
+            _Deep(worker, hello, self._leases, costs, shared),
             middleware={"token": _TokenCheck(token)},
             tls_certificates=None if tls is None else [(tls.certificate, tls.key)],
         )
@@ -68,14 +84,21 @@ class DeepServer:
         self._server.shutdown()
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Deep:
+    """What all exchanges of a server share."""
+
+    worker: DeepWorker
+    hello: Hello
+    leases: Leases
+    costs: Sequence[tuple[int, float]]
+    shared: SharedBlocks | None
+
+
 class _FlightServer(flight.FlightServerBase):
-    def __init__(
-        self, location: str, worker: DeepWorker, hello: Hello, leases: _Leases, **options: Any
-    ) -> None:
+    def __init__(self, location: str, deep: _Deep, **options: Any) -> None:
         super().__init__(location, **options)
-        self._worker = worker
-        self._hello = hello
-        self._leases = leases
+        self._deep = deep
 
     def do_exchange(
         self,
@@ -85,33 +108,35 @@ class _FlightServer(flight.FlightServerBase):
         writer: flight.MetadataRecordBatchWriter,
     ) -> None:
         """One client, from its greeting until it goes."""
+        deep = self._deep
         try:
             hello = Hello.decode(descriptor.command)
-            self._hello.check(hello)
-            first = self._leases.take(hello.num_blocks)
+            deep.hello.check(hello)
+            first = deep.leases.take(hello.num_blocks)
         except ProtocolError as error:
             raise flight.FlightServerError(str(error)) from error
-        exchange = _Exchange(self._worker, hello, first)
+        exchange = _Exchange(deep, hello, first)
         try:
-            writer.begin(protocol.ANSWER_SCHEMA)
-            _write(writer, protocol.encode_lease(hello.num_blocks))
+            writer.begin(messages.REPLY_SCHEMA)
+            _write(writer, messages.encode_lease(Lease(hello.num_blocks, deep.costs)))
             exchange.run(reader, writer)
         except ProtocolError as error:
             raise flight.FlightServerError(str(error)) from error
         finally:
             exchange.wait()
-            self._leases.give_back(first, hello.num_blocks)
+            deep.leases.give_back(first, hello.num_blocks)
 
 
 class _Exchange:
-    """Flushes come in on the caller's thread, answers go out on one of their own."""
+    """Flushes come in on the caller's thread, replies go out on one of their own."""
 
-    def __init__(self, worker: DeepWorker, hello: Hello, first: int) -> None:
-        self._worker = worker
+    def __init__(self, deep: _Deep, hello: Hello, first: int) -> None:
+        self._deep = deep
         self._hello = hello
         self._first = first
-        self._away: deque[tuple[int, Future[torch.Tensor]] | None] = deque()
-        self._changed = threading.Condition()
+        self._away: set[Future[Any]] = set()
+        self._lock = threading.Lock()
+        self._outbox: queue.SimpleQueue[Callable[[], Reply] | None] = queue.SimpleQueue()
 
     def run(self, reader: Any, writer: Any) -> None:
         """Answer flushes until the client has no more.
@@ -120,10 +145,11 @@ class _Exchange:
             ProtocolError: for a message that cannot be taken.
         """
         # What a client before had written must not show: 0 * NaN is NaN.
-        blocks = range(self._first, self._first + self._hello.num_blocks)
-        self._worker.submit([], [(block, None) for block in blocks]).result()
-        answering = threading.Thread(target=self._answer, args=(writer,), daemon=True)
-        answering.start()
+        blocks = range(1, self._hello.num_blocks + 1)
+        scrub = Flush(0, [BlockOp(block) for block in blocks], [])
+        self._deep.worker.submit([], lambda: self._prepare(scrub)).result()
+        replying = threading.Thread(target=self._reply, args=(writer,), daemon=True)
+        replying.start()
         try:
             while True:
                 try:
@@ -134,107 +160,105 @@ class _Exchange:
                     return  # the client is gone
                 self._take(batch, None if header is None else header.to_pybytes())
         finally:
-            self._put(None)
-            answering.join()
+            self._outbox.put(None)
+            replying.join()
 
     def wait(self) -> None:
         """Wait until nothing of this client is under way: its blocks can go to another then."""
-        for away in list(self._away):
-            if away is not None:
-                away[1].exception()
+        with self._lock:
+            away = list(self._away)
+        wait_for(away)
 
     def _take(self, batch: pa.RecordBatch, header: bytes | None) -> None:
-        flush = protocol.decode_flush(batch, header or b"", self._hello)
-        with self._changed:
+        flush = messages.decode_flush(batch, header or b"", self._hello)
+        with self._lock:
             if len(self._away) >= MAX_IN_FLIGHT:
                 raise ProtocolError(f"more than {MAX_IN_FLIGHT} flushes are under way.")
         items = [
-            dataclasses.replace(item, blocks=[self._own(block) for block in item.blocks])
-            for item in flush.items
+            dataclasses.replace(item, blocks=self._own_blocks(item.blocks)) for item in flush.items
         ]
-        ops = [
-            (self._own(op.target), None if op.source is None else self._own(op.source))
-            for op in flush.ops
-        ]
-        self._put((flush.number, self._worker.submit(items, ops)))
+        work = self._deep.worker.submit(items, lambda: self._prepare(flush))
+        self._track(work)
+        if flush.load is None:
+            work.add_done_callback(
+                lambda done: self._outbox.put(lambda: _reply_of(flush.number, done))
+            )
+        else:
+            load = flush.load
+            work.add_done_callback(lambda _: self._load(flush.number, load))
+
+    def _track(self, future: Future[Any]) -> None:
+        with self._lock:
+            self._away.add(future)
+        future.add_done_callback(self._untrack)
+
+    def _untrack(self, future: Future[Any]) -> None:
+        with self._lock:
+            self._away.discard(future)
+
+    def _prepare(self, flush: Flush) -> None:
+        """What a flush asks for before its rows, on the stage's thread."""
+        pool, shared = self._deep.worker.stage.pool, self._deep.shared
+        for op in flush.ops:
+            if op.source is None:
+                pool.zero_block(self._own(op.target))
+            else:
+                pool.copy_block(self._own(op.source), self._own(op.target))
+        for each in flush.publish if shared is not None else ():
+            assert shared is not None
+            shared.publish(self._own_blocks(each.blocks), each.keys)
+
+    def _load(self, number: int, load: KeyedBlocks) -> None:
+        """Load blocks beside the passes: nobody else looks at them."""
+        shared = self._deep.shared
+        if shared is None:
+            self._outbox.put(lambda: Reply(number, None, "there is no KV store here"))
+            return
+        loaded = shared.load(self._own_blocks(load.blocks), load.keys)
+        self._track(loaded)
+        loaded.add_done_callback(lambda done: self._outbox.put(lambda: _loaded(number, done)))
 
     def _own(self, block: int) -> int:
         """The pool's block for a client's: its first one is 1."""
         return self._first + block - 1
 
-    def _put(self, value: tuple[int, Future[torch.Tensor]] | None) -> None:
-        with self._changed:
-            self._away.append(value)
-            self._changed.notify()
+    def _own_blocks(self, blocks: Sequence[int]) -> list[int]:
+        return [self._own(block) for block in blocks]
 
-    def _answer(self, writer: Any) -> None:
+    def _reply(self, writer: Any) -> None:
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._away)
-                head = self._away[0]
-            if head is None:
-                return
-            number, answer = head
-            error = answer.exception()
-            message = (
-                protocol.encode_answer(number, answer.result())
-                if error is None
-                else protocol.encode_failure(number, f"{type(error).__name__}: {error}")
-            )
-            with self._changed:
-                self._away.popleft()
+            try:
+                made = self._outbox.get(timeout=BEAT_S)
+            except queue.Empty:
+                message = messages.encode_beat()
+            else:
+                if made is None:
+                    return
+                message = messages.encode_reply(made())
             try:
                 _write(writer, message)
             except (pa.ArrowException, OSError):
                 return  # nobody listens any more
 
 
+def _reply_of(number: int, done: Future[Work]) -> Reply:
+    error = done.exception()
+    if error is not None:
+        return Reply(number, None, f"{type(error).__name__}: {error}")
+    work = done.result()
+    return Reply(number, work.result, pass_s=work.pass_s, queue_s=work.queue_s)
+
+
+def _loaded(number: int, done: Future[int]) -> Reply:
+    error = None if done.cancelled() else done.exception()
+    if done.cancelled() or error is not None:
+        return Reply(number, None, f"loading failed: {error}")
+    return Reply(number, None, loaded=done.result())
+
+
 def _write(writer: Any, message: tuple[pa.RecordBatch, bytes]) -> None:
     batch, header = message
     writer.write_with_metadata(batch, header)
-
-
-class _Leases:
-    """Ranges of blocks [1, num_blocks] that clients have, first fit."""
-
-    def __init__(self, num_blocks: int) -> None:
-        self._lock = threading.Lock()
-        self._free: list[tuple[int, int]] = [(1, num_blocks)]
-
-    @property
-    def free(self) -> int:
-        """Blocks in no lease."""
-        with self._lock:
-            return sum(count for _, count in self._free)
-
-    def take(self, count: int) -> int:
-        """Lease ``count`` blocks side by side; returns the first.
-
-        Raises:
-            ProtocolError: if there are none.
-        """
-        with self._lock:
-            for index, (first, size) in enumerate(self._free):
-                if 0 < count <= size:
-                    self._free[index] = (first + count, size - count)
-                    return first
-            largest = max((size for _, size in self._free), default=0)
-        raise ProtocolError(
-            f"num_blocks: {count} deep KV blocks are wanted, {largest} can be had: lower the "
-            "shallow replica's kv_cache_bytes, or add deep replicas."
-        )
-
-    def give_back(self, first: int, count: int) -> None:
-        """End a lease."""
-        with self._lock:
-            self._free.append((first, count))
-            merged: list[tuple[int, int]] = []
-            for start, size in sorted(self._free):
-                if merged and sum(merged[-1]) == start:
-                    merged[-1] = (merged[-1][0], merged[-1][1] + size)
-                elif size:
-                    merged.append((start, size))
-            self._free = merged
 
 
 class _TokenCheck(flight.ServerMiddlewareFactory):

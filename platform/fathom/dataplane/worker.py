@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import torch
-
-from fathom.engine.deep import FlushItem, run_flush
+from fathom.engine.deep import FlushItem, FlushResult, run_flush
 from fathom.engine.stage import Stage
+
+_SMOOTHING = 0.1
+"""Weight of the newest flush in the smoothed figures."""
+
+_IDLE_S = 2.0
+"""Without a flush for this long nobody waits, whatever the last one did."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a flush came to: its result, seconds of its pass, and seconds that it waited for it."""
+
+    result: FlushResult
+    pass_s: float
+    queue_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    ops: Sequence[tuple[int, int | None]]
+    prepare: Callable[[], None]
     items: Sequence[FlushItem]
-    answer: Future[torch.Tensor]
+    answer: Future[Work]
+    since: float = field(default_factory=time.perf_counter)
 
     @property
     def rows(self) -> int:
@@ -35,32 +50,47 @@ class DeepWorker:
     """
 
     def __init__(self, stage: Stage, max_rows: int) -> None:
-        self._stage = stage
+        self.stage = stage
         self._max_rows = max_rows
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._held: _Job | None = None
         self._closed = False
+        self._passes = self._rows = 0
+        self._queue_s = self._pass_s = self._latest = 0.0
         self._thread = threading.Thread(target=self._loop, name="fathom-deep", daemon=True)
         self._thread.start()
 
     def submit(
-        self, items: Sequence[FlushItem], ops: Sequence[tuple[int, int | None]] = ()
-    ) -> Future[torch.Tensor]:
+        self, items: Sequence[FlushItem], prepare: Callable[[], None] = lambda: None
+    ) -> Future[Work]:
         """Queue a flush; jobs run in the order in which they came.
 
         Args:
             items: with blocks of the stage's own pool.
-            ops: (target, source) blocks to copy before, or (target, None) to zero.
-
-        Returns:
-            the logits, as in ``FlushResult``.
+            prepare: called on the stage's thread before the rows are run.
         """
-        job = _Job(ops, items, Future())
+        job = _Job(prepare, items, Future())
         if self._closed:
             job.answer.set_exception(RuntimeError("the deep stage is closed"))
         else:
             self._jobs.put(job)
         return job.answer
+
+    def stats(self) -> dict[str, float]:
+        """Figures since the start; seconds are smoothed over the latest flushes."""
+        idle = time.perf_counter() - self._latest > _IDLE_S
+        return {
+            "deep_passes": self._passes,
+            "deep_rows": self._rows / max(self._passes, 1),
+            "deep_pass_seconds": self._pass_s,
+            "flush_queue_seconds": 0.0 if idle else self._queue_s,
+            "flushes_waiting": self._jobs.qsize(),
+        }
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether flushes are being answered."""
+        return self._thread.is_alive()
 
     def close(self) -> None:
         """End the thread once what is queued is done."""
@@ -92,29 +122,35 @@ class DeepWorker:
         return job
 
     def _run(self, jobs: Sequence[_Job]) -> None:
+        start = time.perf_counter()
         try:
             for job in jobs:
-                self._prepare(job)
-            logits = self._pass([item for job in jobs for item in job.items])
+                job.prepare()
+            items = [item for job in jobs for item in job.items]
+            result = run_flush(self.stage, items)
         except Exception as error:
             for job in jobs:
                 job.answer.set_exception(error)
             return
-        first = 0
+        pass_s = time.perf_counter() - start
+        if items:
+            self._note(jobs, start, pass_s)
+        first = first_logits = 0
         for job in jobs:
-            count = sum(item.num_outputs for item in job.items)
-            job.answer.set_result(logits[first : first + count])
-            first += count
+            outputs = sum(item.num_outputs for item in job.items)
+            logits = sum(item.num_logits for item in job.items)
+            own = result.part(first, outputs, first_logits, logits)
+            job.answer.set_result(Work(own, pass_s, start - job.since))
+            first += outputs
+            first_logits += logits
 
-    def _prepare(self, job: _Job) -> None:
-        pool = self._stage.pool
-        for target, source in job.ops:
-            if source is None:
-                pool.zero_block(target)
-            else:
-                pool.copy_block(source, target)
-
-    def _pass(self, items: Sequence[FlushItem]) -> torch.Tensor:
-        if not items:
-            return torch.empty(0, self._stage.decoder.config.vocab_size)
-        return run_flush(self._stage, items)
+    def _note(self, jobs: Sequence[_Job], start: float, pass_s: float) -> None:
+        if start - self._latest > _IDLE_S:
+            self._queue_s = 0.0
+        self._latest = time.perf_counter()
+        self._passes += 1
+        self._rows += sum(job.rows for job in jobs)
+        self._pass_s += _SMOOTHING * (pass_s - self._pass_s)
+        for job in jobs:
+            if job.items:
+                self._queue_s += _SMOOTHING * (start - job.since - self._queue_s)

@@ -61,8 +61,7 @@ class SharedPrefixes:
         self._shared = shared
         self._cache = cache
         self._deep = deep
-        self._options = {"dtype": dtype, "device": device}
-        self._width = width
+        self._no_states = torch.empty(0, width, dtype=dtype, device=device)
         self._away: list[_Load] = []
         self.tokens = 0
 
@@ -84,7 +83,7 @@ class SharedPrefixes:
         for cache in caches:
             cache.grow(seq.seq_id, last * size)
         blocks, deep_blocks = (c.block_table(seq.seq_id)[first:last] for c in caches)
-        states = torch.empty((last - first) * size, self._width, **self._options)
+        states = self._no_states.new_empty((last - first) * size, self._no_states.shape[1])
         shallow = self._shared.load(blocks, seq.shallow_keys[:last], states)
         deep = self._deep.load(deep_blocks, seq.deep_keys[:last])
         seq.in_flight = True

@@ -43,9 +43,7 @@ class SharedBlocks:
         self._queue: queue.Queue[tuple[list[BlockKey], list[Block]] | None] = queue.Queue(
             _MAX_QUEUED
         )
-        self._publisher = threading.Thread(
-            target=self._publish, name="fathom-publish", daemon=True
-        )
+        self._publisher = threading.Thread(target=self._publish, name="fathom-publish", daemon=True)
         self._publisher.start()
 
     def load(
@@ -87,9 +85,7 @@ class SharedBlocks:
                 self._queue.get_nowait()
         self._queue.put(None)
 
-    def _load(
-        self, blocks: list[int], keys: list[BlockKey], states: torch.Tensor | None
-    ) -> int:
+    def _load(self, blocks: list[int], keys: list[BlockKey], states: torch.Tensor | None) -> int:
         """How many blocks were filled. Whatever goes wrong in the store is a miss."""
         first = len(keys) - len(blocks)
         hits = self._store.lookup(keys)

@@ -48,6 +48,13 @@ class Layer:
     gate_up: Linear
     down: Linear
 
+    @property
+    def num_weights(self) -> int:
+        """Parameters of the layer."""
+        norms = self.input_norm.numel() + self.post_norm.numel()
+        linears = (self.qkv, self.output, self.gate_up, self.down)
+        return norms + sum(linear.num_weights for linear in linears)
+
 
 class Decoder:
     """Layers [first, last) of a model, with the embedding and the head where they are loaded.
@@ -85,6 +92,13 @@ class Decoder:
         self.rotary = RotaryEmbedding(
             config.rope_inv_freq, config.rope_attention_scaling, dtype, device
         )
+
+    @property
+    def num_weights(self) -> int:
+        """Parameters that are held: in the layers, the embedding and the head."""
+        tensors = [tensor.numel() for tensor in (self.embedding, self.norm) if tensor is not None]
+        heads = [] if self.head is None else [self.head.num_weights]
+        return sum(tensors) + sum(heads) + sum(layer.num_weights for layer in self.layers)
 
     @property
     def layer_params(self) -> int:

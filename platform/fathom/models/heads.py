@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from fathom.models.adapters import Adapter
-from fathom.models.config import ModelError
+from fathom.models.config import ModelConfig, ModelError
 from fathom.models.decoder import Decoder
 from fathom.models.linear import Linear
 from fathom.models.weights import WeightFiles
@@ -78,13 +78,22 @@ class ExitHead:
         return whole
 
 
+def needs_lm_head(config: ModelConfig, adapter: Adapter | None, exit_vocab: int) -> bool:
+    """Whether the exit head scores the whole vocabulary, and so runs the model's own LM head.
+
+    Args:
+        adapter, exit_vocab: as in ``build_exit_head``.
+    """
+    return _num_scored(config, adapter, exit_vocab) == config.vocab_size
+
+
 def build_exit_head(
     decoder: Decoder, model_dir: Path, adapter: Adapter | None, exit_vocab: int
 ) -> ExitHead:
     """Build the exit head.
 
     Args:
-        decoder: holds embedding, final norm and LM head.
+        decoder: holds the final norm and the LM head if ``needs_lm_head``.
         adapter: a trained one, or None for the model's own norm and LM head.
         exit_vocab: tokens to score: -1 all, 0 the adapter's choice (all without one), n > 0 the n
             most frequent. Without an adapter's ranking the lowest token ids are taken: byte-pair
@@ -94,32 +103,43 @@ def build_exit_head(
         ModelError: if the adapter does not fit the model.
     """
     config = decoder.config
-    assert decoder.norm is not None
+    files = WeightFiles(model_dir)
     ranked = torch.arange(config.vocab_size)
-    count = config.vocab_size if exit_vocab <= 0 else min(exit_vocab, config.vocab_size)
-    norm, linear = decoder.norm, None
-    if adapter is not None:
-        if len(adapter.norm) != config.hidden_size:
-            raise ModelError(
-                f"the adapter is for hidden size {len(adapter.norm)}, the model has "
-                f"{config.hidden_size}: use the adapter that was trained for this model"
-            )
+    count, linear = _num_scored(config, adapter, exit_vocab), None
+    if adapter is None:
+        shape: tuple[int, ...] = (config.hidden_size,)
+        norm = files.tensor("model.norm.weight", shape, decoder.dtype, decoder.device)
+    else:
         norm = adapter.norm.to(decoder.device, decoder.dtype)
         if adapter.head_adapter is not None:
             linear = adapter.head_adapter.to(decoder.device, decoder.dtype)
         if len(adapter.token_ids):
             ranked = adapter.token_ids
-            if exit_vocab == 0:
-                count = len(ranked)
-            elif len(ranked) < count < config.vocab_size:
-                raise ModelError(
-                    f"exit_vocab must be at most {len(ranked)}, the tokens that the adapter "
-                    f"ranks, or -1 for all, got {exit_vocab}"
-                )
     if count == config.vocab_size:
         return ExitHead(decoder, norm, linear, None, None)
     token_ids = ranked[:count].to(decoder.device)
     name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     shape = (config.vocab_size, config.hidden_size)
-    rows = WeightFiles(model_dir).tensor(name, shape, decoder.dtype, decoder.device)[token_ids]
+    rows = files.tensor(name, shape, decoder.dtype, decoder.device)[token_ids]
     return ExitHead(decoder, norm, linear, token_ids, rows)
+
+
+def _num_scored(config: ModelConfig, adapter: Adapter | None, exit_vocab: int) -> int:
+    """Tokens that are scored; raises as ``build_exit_head``."""
+    count = config.vocab_size if exit_vocab <= 0 else min(exit_vocab, config.vocab_size)
+    if adapter is None:
+        return count
+    if len(adapter.norm) != config.hidden_size:
+        raise ModelError(
+            f"the adapter is for hidden size {len(adapter.norm)}, the model has "
+            f"{config.hidden_size}: use the adapter that was trained for this model"
+        )
+    ranked = len(adapter.token_ids)
+    if ranked and exit_vocab == 0:
+        return ranked
+    if ranked and ranked < count < config.vocab_size:
+        raise ModelError(
+            f"exit_vocab must be at most {ranked}, the tokens that the adapter ranks, or -1 for "
+            f"all, got {exit_vocab}"
+        )
+    return count

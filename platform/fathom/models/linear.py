@@ -48,6 +48,12 @@ class Linear:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
         self.weight = weight
 
+    @property
+    def num_weights(self) -> int:
+        """Parameters, the bias among them."""
+        biases = 0 if self.bias is None else self.out_features
+        return self.out_features * self.in_features + biases
+
     def __call__(self, x: Tensor) -> Tensor:
         """Apply to [rows, in]; returns [rows, out] in the same dtype."""
         if self.packed:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fathom.dataplane.leases import Leases
 from fathom.dataplane.protocol import ProtocolError, Tls
-from fathom.dataplane.server import _Leases
 from fathom.engine.deep import DeepLost, FlushItem, LocalDeepStage
 from tests.unit.dataplane.conftest import Deep
 from tests.unit.engine.conftest import make_engine_of
@@ -112,7 +112,7 @@ def test_a_pass_stays_within_its_rows(local) -> None:
         ({"token": "another"}, "token is missing or wrong"),
         ({"weights_digest": "other"}, "weights_digest is 'tiny' at the deep replica and 'other'"),
         ({"dtype": "bfloat16"}, "dtype is 'float32' at the deep replica and 'bfloat16'"),
-        ({"version": 2}, "speaks version 2 of the protocol, this end 1"),
+        ({"version": 3}, "speaks version 3 of the protocol, this end 2"),
         ({"num_blocks": 1000}, "1000 deep KV blocks are wanted, 63 can be had: lower"),
     ],
 )
@@ -193,7 +193,7 @@ def test_what_is_away_when_the_peer_dies_fails(deep) -> None:
 
 
 def test_leases_are_ranges_that_come_back_whole() -> None:
-    leases = _Leases(10)
+    leases = Leases(10)
     first, second, third = leases.take(4), leases.take(4), leases.take(2)
     assert (first, second, third) == (1, 5, 9)
     with pytest.raises(ProtocolError, match="1 deep KV blocks are wanted, 0 can be had"):

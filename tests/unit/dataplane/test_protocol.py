@@ -10,9 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fathom.dataplane import protocol
-from fathom.dataplane.protocol import BlockOp, Flush, Hello, ProtocolError
-from fathom.engine.deep import FlushItem
+from fathom.dataplane import messages, protocol
+from fathom.dataplane.protocol import (
+    BlockOp,
+    Flush,
+    Hello,
+    KeyedBlocks,
+    Lease,
+    ProtocolError,
+    Reply,
+)
+from fathom.engine.deep import FlushItem, FlushResult
 
 BLOCK, WIDTH, VOCAB, BLOCKS = 4, 3, 5, 20
 HELLO = Hello(protocol.VERSION, "w", "a", 2, 6, "bfloat16", BLOCK, WIDTH, VOCAB, BLOCKS)
@@ -23,19 +31,34 @@ def items(draw: st.DrawFn) -> FlushItem:
     start, rows = draw(st.integers(0, 12)), draw(st.integers(1, 9))
     copied = sorted(draw(st.sets(st.integers(0, rows - 1))))
     count = -(-(start + rows) // BLOCK)
+    outputs = draw(st.integers(0, rows - len(copied)))
+    drafts = draw(st.lists(st.integers(-1, VOCAB - 1), min_size=outputs, max_size=outputs))
     return FlushItem(
         seq_id=draw(st.integers(0, 2**40)),
         blocks=draw(st.lists(st.integers(1, BLOCKS), min_size=count, max_size=count)),
         start=start,
         hidden=torch.randn(rows, WIDTH).to(torch.bfloat16),
-        num_outputs=draw(st.integers(0, rows - len(copied))),
+        num_outputs=outputs,
         copied=copied,
+        logits=draw(st.booleans()),
+        drafts=drafts,
     )
+
+
+@st.composite
+def keyed(draw: st.DrawFn) -> KeyedBlocks:
+    keys = draw(st.lists(st.binary(min_size=16, max_size=16), max_size=5))
+    return KeyedBlocks(draw(st.lists(st.integers(1, BLOCKS), max_size=len(keys))), keys)
 
 
 ops = st.builds(BlockOp, st.integers(1, BLOCKS), st.none() | st.integers(1, BLOCKS))
 flushes = st.builds(
-    Flush, st.integers(0, 2**30), st.lists(ops, max_size=4), st.lists(items(), max_size=4)
+    Flush,
+    st.integers(0, 2**30),
+    st.lists(ops, max_size=4),
+    st.lists(items(), max_size=4),
+    st.lists(keyed(), max_size=2),
+    st.none() | keyed(),
 )
 
 
@@ -50,35 +73,57 @@ def wire(batch: pa.RecordBatch) -> pa.RecordBatch:
 @settings(max_examples=60, deadline=None)
 @given(flush=flushes)
 def test_a_flush_arrives_as_it_was_sent(flush: Flush) -> None:
-    batch, header = protocol.encode_flush(flush)
-    found = protocol.decode_flush(wire(batch), header, HELLO)
+    batch, header = messages.encode_flush(flush)
+    found = messages.decode_flush(wire(batch), header, HELLO)
     assert (found.number, list(found.ops)) == (flush.number, list(flush.ops))
+    assert (found.publish, found.load) == (flush.publish, flush.load)
     assert len(found.items) == len(flush.items)
     for own, other in zip(flush.items, found.items, strict=True):
         assert torch.equal(own.hidden, other.hidden)
-        for name in ("seq_id", "start", "num_outputs", "copied"):
+        for name in ("seq_id", "start", "num_outputs", "copied", "logits", "drafts"):
             assert getattr(own, name) == getattr(other, name)
         assert list(own.blocks) == list(other.blocks)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7])
-def test_an_answer_arrives_as_it_was_sent(rows: int) -> None:
+def test_a_reply_arrives_as_it_was_sent(rows: int) -> None:
     logits = torch.randn(rows, VOCAB).to(torch.bfloat16)
-    batch, header = protocol.encode_answer(3, logits)
-    number, found, error = protocol.decode_answer(wire(batch), header, HELLO)
-    assert (number, error) == (3, "")
-    assert torch.equal(found, logits)
+    result = FlushResult([1.5, -2.0, 0.25], [3, 0, 4], [-0.5, -1.0, -2.0], logits)
+    sent = Reply(3, result, loaded=2, pass_s=0.25, queue_s=0.5)
+    batch, header = messages.encode_reply(sent)
+    found = messages.decode_reply(wire(batch), header, HELLO)
+    assert (found.number, found.error, found.loaded) == (3, "", 2)
+    assert (found.pass_s, found.queue_s) == (0.25, 0.5)
+    assert torch.equal(found.result.logits, logits)
+    assert found.result.best == result.best
+    assert found.result.argmax == result.argmax
+    assert found.result.logprobs == result.logprobs
 
 
 def test_a_failure_keeps_its_words() -> None:
-    batch, header = protocol.encode_failure(4, "out of memory")
-    assert protocol.decode_answer(wire(batch), header, HELLO) == (4, None, "out of memory")
+    batch, header = messages.encode_reply(Reply(4, None, "out of memory"))
+    assert messages.decode_reply(wire(batch), header, HELLO) == Reply(4, None, "out of memory")
+
+
+def test_a_lease_and_a_sign_of_life() -> None:
+    lease = Lease(12, [(1, 0.5), (8, 0.75)])
+    assert messages.decode_lease(*messages.encode_lease(lease)) == lease
+    batch, header = messages.encode_beat()
+    assert messages.decode_reply(wire(batch), header, HELLO) is None
+    with pytest.raises(ProtocolError, match="no lease"):
+        messages.decode_lease(batch, header)
+
+
+def test_a_changed_header_is_noticed() -> None:
+    batch, header = messages.encode_flush(Flush(0, [BlockOp(1, 2)], []))
+    with pytest.raises(ProtocolError, match="checksum"):
+        messages.decode_flush(batch, header.replace(b"[1, 2]", b"[1, 3]"), HELLO)
 
 
 @settings(max_examples=40, deadline=None)
 @given(flush=flushes.filter(lambda flush: flush.items), data=st.data())
 def test_a_changed_byte_is_noticed(flush: Flush, data: st.DataObject) -> None:
-    batch, header = protocol.encode_flush(flush)
+    batch, header = messages.encode_flush(flush)
     column = data.draw(st.sampled_from(["start", "blocks", "hidden"]))
     row = data.draw(st.integers(0, len(flush.items) - 1))
     values = batch.column(column).to_pylist()
@@ -93,7 +138,7 @@ def test_a_changed_byte_is_noticed(flush: Flush, data: st.DataObject) -> None:
         place, batch.schema.field(place), pa.array(values, batch.schema.field(place).type)
     )
     with pytest.raises(ProtocolError, match="checksum"):
-        protocol.decode_flush(changed, header, HELLO)
+        messages.decode_flush(changed, header, HELLO)
 
 
 def item(**fields) -> FlushItem:
@@ -108,6 +153,10 @@ def item(**fields) -> FlushItem:
         (Flush(0, [], [item(blocks=[BLOCKS + 1])]), "block 21 lies outside the lease of 20"),
         (Flush(0, [], [item(blocks=[0])]), "block 0 lies outside the lease"),
         (Flush(0, [BlockOp(1, 40)], []), "block 40 lies outside the lease"),
+        (Flush(0, [], [], [KeyedBlocks([40], [bytes(16)])]), "block 40 lies outside the lease"),
+        (Flush(0, [], [], load=KeyedBlocks([1, 2], [bytes(16)])), "2 blocks have 1 keys"),
+        (Flush(0, [], [item(drafts=[1, 2])]), "2 drafts for 1 outputs"),
+        (Flush(0, [], [item(drafts=[VOCAB])]), "a draft is no token of the vocabulary"),
         (Flush(0, [], [item(start=3)]), "sequence 7: rows 3 to 5 do not fit into 1 blocks of 4"),
         (Flush(0, [], [item(num_outputs=3)]), "3 outputs do not fit into 2 rows"),
         (Flush(0, [], [item(copied=[0, 1])]), "2 copied rows and 1 outputs do not fit into 2 row"),
@@ -117,9 +166,9 @@ def item(**fields) -> FlushItem:
     ],
 )
 def test_what_contradicts_the_lease_or_itself_is_refused(wrong: Flush, message: str) -> None:
-    batch, header = protocol.encode_flush(wrong)
+    batch, header = messages.encode_flush(wrong)
     with pytest.raises(ProtocolError, match=message):
-        protocol.decode_flush(batch, header, HELLO)
+        messages.decode_flush(batch, header, HELLO)
 
 
 def test_greetings_must_agree_in_all_but_the_blocks() -> None:
@@ -133,7 +182,7 @@ def test_greetings_must_agree_in_all_but_the_blocks() -> None:
             HELLO.check(other)
 
 
-@pytest.mark.parametrize("greeting", [b"", b"[]", b"hi", b'{"version": 1}', None])
+@pytest.mark.parametrize("greeting", [b"", b"[]", b"hi", b'{"version": 2}', None])
 def test_what_is_no_greeting_is_refused(greeting: bytes | None) -> None:
     with pytest.raises(ProtocolError, match="cannot be read"):
         Hello.decode(greeting)
@@ -141,5 +190,5 @@ def test_what_is_no_greeting_is_refused(greeting: bytes | None) -> None:
 
 def test_another_version_is_refused_by_name() -> None:
     later = json.dumps({"version": protocol.VERSION + 1, "new_field": 1}).encode()
-    with pytest.raises(ProtocolError, match="version 2 of the protocol, this end 1: install"):
+    with pytest.raises(ProtocolError, match="version 3 of the protocol, this end 2: install"):
         Hello.decode(later)

@@ -1,0 +1,213 @@
+"""One connection from a shallow replica to a deep one: flushes go out, replies come in."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.flight as flight
+
+from fathom.dataplane import messages
+from fathom.dataplane.protocol import (
+    BlockOp,
+    Flush,
+    Hello,
+    KeyedBlocks,
+    Lease,
+    ProtocolError,
+    Reply,
+    Tls,
+)
+from fathom.engine.deep import DeepLost, FlushItem
+
+SILENCE_S = 5.0
+"""A peer that says nothing for so long hangs: a server gives a sign of life every second."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Away:
+    flush: Flush
+    answer: Future[Reply]
+    sent: float
+
+
+class Exchange:
+    """One connection to a deep replica.
+
+    Sending and receiving have a thread each: a peer that hangs blocks neither the engine nor the
+    watch over deadlines.
+
+    Args:
+        address: of a ``DeepServer``. hello: what both ends must agree on; its ``num_blocks`` are
+            leased.
+        token: of the deployment. tls: the authority's certificate, for ``grpc+tls``.
+        deadline_s: longest that a flush may take.
+
+    Attributes:
+        lease: what the peer has granted.
+
+    Raises:
+        DeepLost: if the peer cannot be reached, refuses the token, or its model is another.
+    """
+
+    def __init__(
+        self, address: str, hello: Hello, *, token: str, tls: Tls | None, deadline_s: float
+    ) -> None:
+        self._address = address
+        self._hello = hello
+        self._deadline_s = deadline_s
+        self._lost: DeepLost | None = None
+        self._away: dict[int, _Away] = {}
+        self._lock = threading.Lock()
+        self._outbox: queue.SimpleQueue[Flush | None] = queue.SimpleQueue()
+        self._number = 0
+        self._heard = time.monotonic()
+        self.lease = self._connect(token, tls)
+        for target in (self._send, self._receive, self._watch):
+            threading.Thread(target=target, name=f"fathom{target.__name__}", daemon=True).start()
+
+    @property
+    def num_away(self) -> int:
+        """Flushes that are awaited."""
+        return len(self._away)
+
+    def send(
+        self,
+        ops: Sequence[BlockOp],
+        items: Sequence[FlushItem],
+        *,
+        publish: Sequence[KeyedBlocks] = (),
+        load: KeyedBlocks | None = None,
+    ) -> Future[Reply]:
+        """Send a flush; ``DeepLost`` in the future says that the connection has ended."""
+        answer: Future[Reply] = Future()
+        with self._lock:
+            lost = self._lost
+            if lost is None:
+                flush = Flush(self._number, ops, items, publish, load)
+                self._away[flush.number] = _Away(flush, answer, time.monotonic())
+                self._outbox.put(flush)
+                self._number += 1
+        if lost is not None:
+            answer.set_exception(lost)
+        return answer
+
+    def close(self) -> None:
+        """Leave; flushes that are away fail."""
+        self._fail("the connection was closed here")
+
+    def _connect(self, token: str, tls: Tls | None) -> Lease:
+        options = {} if tls is None else {"tls_root_certs": tls.certificate}
+        try:
+            self._client = flight.FlightClient(self._address, **options)
+            call = flight.FlightCallOptions(
+                headers=[(b"authorization", f"Bearer {token}".encode())]
+            )
+            descriptor = flight.FlightDescriptor.for_command(self._hello.encode())
+            self._writer, self._reader = self._client.do_exchange(descriptor, call)
+            self._writer.begin(messages.FLUSH_SCHEMA)
+            with _Cancel(self._reader, min(self._deadline_s, SILENCE_S)):
+                return messages.decode_lease(*_read(self._reader))
+        except (pa.ArrowException, OSError, ProtocolError, StopIteration) as error:
+            raise DeepLost(f"{self._address}: {_words(error)}") from error
+
+    # Threads
+
+    def _send(self) -> None:
+        while (flush := self._outbox.get()) is not None:
+            try:
+                batch, header = messages.encode_flush(flush)
+                self._writer.write_with_metadata(batch, header)
+            except Exception as error:
+                self._fail(_words(error))
+                break
+        with contextlib.suppress(pa.ArrowException, OSError):
+            self._writer.close()
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                batch, header = _read(self._reader)
+                reply = messages.decode_reply(batch, header, self._hello)
+                self._heard = time.monotonic()
+                if reply is None:
+                    continue
+                with self._lock:
+                    if self._lost is not None:
+                        return None
+                    away = self._away.pop(reply.number, None)
+                if away is None:
+                    raise ProtocolError(f"reply {reply.number} answers nothing.")
+                outputs = sum(item.num_outputs for item in away.flush.items)
+                rows = sum(item.num_logits for item in away.flush.items)
+                result = reply.result
+                if result and (len(result.best), len(result.logits)) != (outputs, rows):
+                    raise ProtocolError(
+                        f"{len(result.best)} outputs and {len(result.logits)} rows of logits came "
+                        f"in place of {outputs} and {rows}."
+                    )
+            except StopIteration:
+                return self._fail("the peer ended the exchange")
+            except (pa.ArrowException, OSError, ValueError, KeyError) as problem:
+                return self._fail(_words(problem))
+            away.answer.set_result(reply)
+
+    def _watch(self) -> None:
+        """Give a peer up that hangs: its connection may well stay open."""
+        pause = min(0.5, self._deadline_s / 4)
+        before = time.monotonic()
+        while self._lost is None:
+            time.sleep(pause)
+            now = time.monotonic()
+            if now - before > pause + 1.0:  # it is this process that was stopped
+                self._heard = now
+            before = now
+            with self._lock:
+                first = next(iter(self._away.values()), None)
+            if first is not None and first.sent + self._deadline_s < now:
+                self._fail(f"no answer within {self._deadline_s:g} s")
+            elif now - self._heard > SILENCE_S:
+                self._fail(f"no sign of life for {SILENCE_S:g} s")
+
+    def _fail(self, reason: str) -> None:
+        """End the connection; what is away fails."""
+        with self._lock:
+            if self._lost is not None:
+                return
+            self._lost = DeepLost(f"{self._address}: {reason}")
+            away = list(self._away.values())
+            self._away.clear()
+        for each in away:
+            each.answer.set_exception(self._lost)
+        self._outbox.put(None)
+        self._reader.cancel()  # lets threads go that wait for the peer
+
+
+class _Cancel:
+    """Cancels a read that takes too long."""
+
+    def __init__(self, reader: Any, seconds: float) -> None:
+        self._timer = threading.Timer(seconds, reader.cancel)
+
+    def __enter__(self) -> None:
+        self._timer.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self._timer.cancel()
+
+
+def _read(reader: Any) -> tuple[pa.RecordBatch, bytes]:
+    batch, header = reader.read_chunk()
+    return batch, b"" if header is None else header.to_pybytes()
+
+
+def _words(error: BaseException) -> str:
+    """A Flight error without gRPC's context behind it."""
+    return str(error).partition(". gRPC client debug context")[0].strip() or type(error).__name__
