@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
+from deployments.autoscaling import ByQueue, ByRequests
 from deployments.cluster import Server, start
+from deployments.deep import DeepReplica
 from deployments.ingress import Ingress
 from deployments.replica import FusedReplica
+from deployments.shallow import ShallowReplica
 from fathom.api.auth import check_bind, digests_from_env
-from fathom.config import ServeConfig, from_mapping
+from fathom.config import Placement, PoolConfig, ServeConfig, Topology, from_mapping
+
+INGRESS, FUSED, SHALLOW, DEEP = "Ingress", "Engine", "Shallow", "Deep"
+"""Names of the deployments."""
 
 # The ingress counts requests (see HandleBackend); Serve's own limits, of 5 by default, must never
 # be what a request meets.
@@ -35,28 +43,25 @@ def build(config: ServeConfig | Mapping[str, Any]) -> Application:
     config = _settings(config)
     digests = digests_from_env()
     check_bind(config.host, digests)
-    replica = serve.deployment(
-        name="Engine",
-        num_replicas=config.num_replicas,
-        ray_actor_options={"num_cpus": config.cpus_per_replica},
-        max_ongoing_requests=UNLIMITED,
-        health_check_period_s=5,
-        health_check_timeout_s=30,
-        graceful_shutdown_wait_loop_s=0.25,
-        graceful_shutdown_timeout_s=config.drain_s,
-        # A model that cannot be loaded will not load the next time either.
-        max_constructor_retry_count=1,
-    )(FusedReplica)
+    if config.topology is Topology.FUSED:
+        engines = _deployment(FusedReplica, FUSED, config, config.serving).bind(config)
+    elif config.placement is Placement.BESIDE:
+        engines = _beside(config).bind(config)
+    else:
+        deep = _deployment(DeepReplica, DEEP, config, config.deep, ByQueue)
+        shallow = _deployment(ShallowReplica, SHALLOW, config, config.shallow, ByRequests)
+        engines = shallow.bind(config, deep.bind(config))
     ingress = serve.deployment(
-        name="Ingress",
-        num_replicas=1,  # metrics of requests live in it
+        name=INGRESS,
+        num_replicas=config.num_ingress_replicas,
         ray_actor_options={"num_cpus": INGRESS_CPUS},
         max_ongoing_requests=UNLIMITED,
+        max_surge_percent=config.surge_percent,
         graceful_shutdown_wait_loop_s=0.25,
         graceful_shutdown_timeout_s=config.drain_s + 2,
         max_constructor_retry_count=1,
     )(serve.ingress()(Ingress))
-    return ingress.bind(replica.bind(config), config, digests)
+    return ingress.bind(engines, config, digests)
 
 
 def run(config: ServeConfig, *, blocking: bool = True) -> Server:
@@ -84,3 +89,64 @@ def _settings(config: ServeConfig | Mapping[str, Any]) -> ServeConfig:
         config = from_mapping(ServeConfig, config)
     config.validate()
     return config
+
+
+def _deployment(
+    kind: type, name: str, config: ServeConfig, pool: PoolConfig, policy: Any = None, **more: Any
+) -> serve.Deployment:
+    """A pool of replicas as a deployment.
+
+    Args:
+        policy: class of the policy by which the pool follows its load, if it does.
+        more: options of Serve.
+    """
+    size: dict[str, Any] = {"num_replicas": pool.num_replicas}
+    if policy is not None and pool.max_replicas:
+        size = {"autoscaling_config": _autoscaling(pool, policy)}
+    return serve.deployment(
+        name=name,
+        **size,
+        ray_actor_options={"num_cpus": pool.cpus},
+        max_ongoing_requests=UNLIMITED,
+        max_surge_percent=config.surge_percent,
+        health_check_period_s=5,
+        health_check_timeout_s=30,
+        graceful_shutdown_wait_loop_s=0.25,
+        graceful_shutdown_timeout_s=config.drain_s,
+        # A model that cannot be loaded will not load the next time either.
+        max_constructor_retry_count=1,
+        **more,
+    )(kind)
+
+
+def _beside(config: ServeConfig) -> serve.Deployment:
+    """Shallow replicas that each have a deep one beside them, on one node."""
+    return _deployment(
+        ShallowReplica,
+        SHALLOW,
+        config,
+        config.shallow,
+        ByRequests,
+        placement_group_bundles=[{"CPU": config.shallow.cpus}, {"CPU": config.deep.cpus}],
+        placement_group_strategy="STRICT_PACK",
+    )
+
+
+def _autoscaling(pool: PoolConfig, policy: type) -> AutoscalingConfig:
+    # How often a replica says how it does. Serve will take this from the environment one day.
+    interval = min(10.0, pool.look_back_s / 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return AutoscalingConfig(
+            min_replicas=pool.min_replicas,
+            initial_replicas=pool.num_replicas,
+            max_replicas=pool.max_replicas,
+            upscale_delay_s=pool.upscale_delay_s,
+            downscale_delay_s=pool.downscale_delay_s,
+            look_back_period_s=pool.look_back_s,
+            metrics_interval_s=interval,
+            policy=AutoscalingPolicy(  # type: ignore[no-untyped-call]
+                policy_function=f"deployments.autoscaling:{policy.__name__}",
+                policy_kwargs={"target": pool.target},
+            ),
+        )

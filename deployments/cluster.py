@@ -21,7 +21,8 @@ from ray.serve import Application
 from ray.serve.schema import LoggingConfig
 
 from deployments.proxy import CALLBACK, CALLBACK_VARIABLE
-from fathom.config import ConfigError, ServeConfig
+from deployments.shared import end
+from fathom.config import ConfigError, Placement, ServeConfig, Topology
 from fathom.models.resolve import resolve_model
 
 APP_NAME = "fathom"
@@ -60,6 +61,7 @@ class Server:
         if not ray.is_initialized():
             return
         serve.delete(APP_NAME)  # lets the replicas drain, and returns when they are gone
+        end(APP_NAME)
         if self._owns_ray:
             ray.shutdown()
 
@@ -74,7 +76,7 @@ def start(application: Application, config: ServeConfig) -> Server:
     check_port(config.host, config.port)
     owns_ray = not ray.is_initialized()
     if owns_ray:
-        start_ray(math.ceil(config.num_replicas * config.cpus_per_replica) + 1)
+        start_ray(cores_for(config))
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
@@ -93,6 +95,7 @@ def start(application: Application, config: ServeConfig) -> Server:
         else:
             with suppress(Exception):  # perhaps it was never deployed
                 serve.delete(APP_NAME)
+                end(APP_NAME)
         if isinstance(error, Exception) and not isinstance(error, ServerError):
             raise ServerError(f"The server did not come up: {error}") from error
         raise
@@ -117,6 +120,17 @@ def check_port(host: str, port: int) -> None:
         raise ConfigError(
             f"cannot bind {host}:{port}: {error.strerror or error}; choose another host or port."
         ) from error
+
+
+def cores_for(config: ServeConfig) -> int:
+    """Cores that the application's actors reserve at most, an update's additional ones included."""
+    cores = config.serving.most * config.serving.cpus
+    if config.topology is Topology.DISAGGREGATED:
+        cores += config.deep.cpus * (
+            config.shallow.most if config.placement is Placement.BESIDE else config.deep.most
+        )
+    # Old replicas that drain have their cores until they are gone, and do not count as surge.
+    return math.ceil(2 * cores) + 1
 
 
 def start_ray(cpus: int) -> None:

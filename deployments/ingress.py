@@ -30,9 +30,8 @@ class Ingress:
     def __init__(
         self, engine: DeploymentHandle, config: ServeConfig, key_digests: Sequence[bytes]
     ) -> None:
-        limit = config.num_replicas * config.max_ongoing_requests + config.max_queued_requests
         self._service = Service(
-            backend=HandleBackend(engine, limit=limit),
+            backend=HandleBackend(engine, limit=config.max_requests),
             tokenizer=load_tokenizer(resolve_model(config.engine.model)),
             model_name=config.model_name or config.engine.model,
             defaults=Defaults(compute=config.engine.compute, timeout_s=config.request_timeout_s),

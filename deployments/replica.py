@@ -1,41 +1,53 @@
-"""The fused replica: shallow and deep stage in one process, behind a Serve handle."""
+"""The replicas behind the ingress: one engine each, behind a Serve handle.
+
+``FusedReplica`` has both stages in its process; ``deployments.shallow`` has the one whose deep
+stage is elsewhere.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from ray import serve
 
+from deployments.autoscaling import REQUESTS
+from deployments.shared import end_if_deleted, open_store
 from fathom.api.backend import ReplicaReport
 from fathom.api.local import LocalBackend
-from fathom.config import ServeConfig
+from fathom.config import EngineConfig, PoolConfig, ServeConfig
+from fathom.engine.engine import Engine
 from fathom.types import InvalidRequest, Request, RequestOutput
 
 
-class FusedReplica:
-    """Owns one engine. Undecorated: ``app.build`` makes it a deployment.
+def engine_config(config: ServeConfig, pool: PoolConfig) -> EngineConfig:
+    """A replica's engine settings, and torch's threads set to them.
 
-    Raises:
-        ConfigError, ModelError: if the engine cannot be built.
+    Two busy processes with more threads than cores between them slow each other down by an order
+    of magnitude, so the threads follow from what Ray reserved. Call this first of all: the engine
+    measures its stages while it is built.
     """
+    import torch
 
-    def __init__(self, config: ServeConfig) -> None:
-        import torch
+    threads = config.engine.threads or max(1, int(pool.cpus))
+    torch.set_num_threads(threads)
+    return dataclasses.replace(config.engine, threads=threads)
 
+
+class Replica:
+    """Serves one engine. What kind of engine is for subclasses to say."""
+
+    def __init__(self, config: ServeConfig, engine: Engine) -> None:
         from fathom.engine.async_engine import AsyncEngine
 
-        # Two busy processes with more threads than cores between them slow each other down by
-        # an order of magnitude, so the threads follow from what Ray reserved. First of all: the
-        # engine measures its stages while it is built.
-        threads = config.engine.threads or max(1, int(config.cpus_per_replica))
-        torch.set_num_threads(threads)
-        engine = AsyncEngine.from_config(dataclasses.replace(config.engine, threads=threads))
-        self._engine = engine
+        self._engine = AsyncEngine(engine)
+        context = serve.get_replica_context()
+        self._application: str = context.app_name
         self._backend = LocalBackend(
-            engine,
-            name=serve.get_replica_context().replica_id.unique_id,
+            self._engine,
+            name=context.replica_id.unique_id,
             interval_s=config.stream_interval_s,
         )
 
@@ -62,6 +74,11 @@ class FusedReplica:
         """
         return self._backend.report()
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve: the requests here, running and waiting."""
+        stats = self._engine.stats()
+        return {REQUESTS: stats["num_requests_running"] + stats["num_requests_waiting"]}
+
     def check_health(self) -> None:
         """Called by Serve, which replaces a replica that raises here.
 
@@ -75,3 +92,20 @@ class FusedReplica:
         engine = getattr(self, "_engine", None)
         if engine is not None:
             await engine.shutdown(0)
+            await asyncio.to_thread(end_if_deleted, self._application)
+
+
+class FusedReplica(Replica):
+    """Shallow and deep stage in one process. Undecorated: ``app.build`` makes it a deployment.
+
+    Raises:
+        ConfigError, ModelError: if the engine cannot be built.
+    """
+
+    def __init__(self, config: ServeConfig) -> None:
+        settings = engine_config(config, config.serving)
+
+        from fathom.engine.build import build_engine
+
+        store = open_store(config, serve.get_replica_context().app_name)
+        super().__init__(config, build_engine(settings, store=store))
