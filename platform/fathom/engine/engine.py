@@ -83,6 +83,11 @@ class Engine:
 
         return build_engine(config)
 
+    @property
+    def deep(self) -> DeepStage:
+        """The deep stage, here or elsewhere, for its figures."""
+        return self._deep
+
     def trace(self, listener: TraceListener | None) -> None:
         """Tell ``listener`` of every draft that the deep stage has judged; None tells nobody."""
         self._listener = listener
