@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from deployments.autoscaling import ByQueue, ByRequests
 from deployments.cluster import Server, start
 from deployments.deep import DeepReplica
 from deployments.ingress import Ingress
 from deployments.replica import FusedReplica
+from deployments.router import ROUTER
 from deployments.shallow import ShallowReplica
 from fathom.api.auth import check_bind, digests_from_env
-from fathom.config import Placement, PoolConfig, ServeConfig, Topology, from_mapping
+from fathom.config import Placement, PoolConfig, Router, ServeConfig, Topology, from_mapping
 
 INGRESS, FUSED, SHALLOW, DEEP = "Ingress", "Engine", "Shallow", "Deep"
 """Names of the deployments."""
@@ -44,13 +46,19 @@ def build(config: ServeConfig | Mapping[str, Any]) -> Application:
     digests = digests_from_env()
     check_bind(config.host, digests)
     if config.topology is Topology.FUSED:
-        engines = _deployment(FusedReplica, FUSED, config, config.serving).bind(config)
+        engines = _serving(FusedReplica, FUSED, config).bind(config)
     elif config.placement is Placement.BESIDE:
-        engines = _beside(config).bind(config)
+        cores = (config.shallow.cpus, config.deep.cpus)
+        engines = _serving(
+            ShallowReplica,
+            SHALLOW,
+            config,
+            placement_group_bundles=[{"CPU": cpus} for cpus in cores],
+            placement_group_strategy="STRICT_PACK",
+        ).bind(config)
     else:
         deep = _deployment(DeepReplica, DEEP, config, config.deep, ByQueue)
-        shallow = _deployment(ShallowReplica, SHALLOW, config, config.shallow, ByRequests)
-        engines = shallow.bind(config, deep.bind(config))
+        engines = _serving(ShallowReplica, SHALLOW, config).bind(config, deep.bind(config))
     ingress = serve.deployment(
         name=INGRESS,
         num_replicas=config.num_ingress_replicas,
@@ -92,16 +100,16 @@ def _settings(config: ServeConfig | Mapping[str, Any]) -> ServeConfig:
 
 
 def _deployment(
-    kind: type, name: str, config: ServeConfig, pool: PoolConfig, policy: Any = None, **more: Any
+    kind: type, name: str, config: ServeConfig, pool: PoolConfig, policy: type, **more: Any
 ) -> serve.Deployment:
     """A pool of replicas as a deployment.
 
     Args:
-        policy: class of the policy by which the pool follows its load, if it does.
+        policy: class of the policy by which the pool follows its load, where it does.
         more: options of Serve.
     """
     size: dict[str, Any] = {"num_replicas": pool.num_replicas}
-    if policy is not None and pool.max_replicas:
+    if pool.max_replicas:
         size = {"autoscaling_config": _autoscaling(pool, policy)}
     return serve.deployment(
         name=name,
@@ -119,17 +127,14 @@ def _deployment(
     )(kind)
 
 
-def _beside(config: ServeConfig) -> serve.Deployment:
-    """Shallow replicas that each have a deep one beside them, on one node."""
-    return _deployment(
-        ShallowReplica,
-        SHALLOW,
-        config,
-        config.shallow,
-        ByRequests,
-        placement_group_bundles=[{"CPU": config.shallow.cpus}, {"CPU": config.deep.cpus}],
-        placement_group_strategy="STRICT_PACK",
-    )
+def _serving(kind: type, name: str, config: ServeConfig, **more: Any) -> serve.Deployment:
+    """The replicas behind the ingress, with the way in which requests get to them."""
+    if config.router is Router.PREFIX:
+        more["request_router_config"] = RequestRouterConfig(
+            request_router_class=ROUTER,  # type: ignore[arg-type]
+            request_router_kwargs=dataclasses.asdict(config.routing),
+        )
+    return _deployment(kind, name, config, config.serving, ByRequests, **more)
 
 
 def _autoscaling(pool: PoolConfig, policy: type) -> AutoscalingConfig:

@@ -71,6 +71,7 @@ class ShallowReplica(Replica):
             deadline_s=config.data_plane.deadline_s,
             give_up_s=config.data_plane.give_up_s,
             wait_s=config.startup_timeout_s,
+            on_lost=self._peers.failed,
             store=open_store(config, context.app_name),
         )
         super().__init__(config, engine)

@@ -11,9 +11,11 @@ from fathom.pools import (
     KVStoreConfig,
     Placement,
     PoolConfig,
+    Router,
     Topology,
     leases_of,
 )
+from fathom.routing.policy import RoutingConfig
 from fathom.settings import (
     ConfigError,
     check_above_zero,
@@ -33,6 +35,8 @@ __all__ = [
     "KVStoreConfig",
     "Placement",
     "PoolConfig",
+    "Router",
+    "RoutingConfig",
     "ServeConfig",
     "Topology",
     "from_mapping",
@@ -135,6 +139,7 @@ class ServeConfig:
         placement: where deep replicas are placed.
         kv_store: the KV blocks that replicas share.
         data_plane: the way of a flush.
+        router: how requests get to replicas. routing: settings of ``router: prefix``.
         max_ongoing_requests, max_queued_requests: the server takes ``max_ongoing_requests`` for
             each fused or shallow replica, and ``max_queued_requests`` more, at once, running and
             waiting; further ones are answered 429.
@@ -145,6 +150,12 @@ class ServeConfig:
             stops old replicas before it starts new ones; requests wait for those.
         stream_interval_s: a stream's first token leaves at once; afterwards tokens that come
             within this many seconds travel together. 0 sends each engine step's at once.
+        keep_streams_s: seconds for which a stream whose connection broke is kept, so that its
+            client can have the rest. Until then, prompts and answers are in the memory of the
+            journal's process. 0 keeps none, and streams' events carry no ids.
+        isolate_tenants: requests with different API keys never share KV blocks, so that no tenant
+            can tell from its latencies what others ask. A prefix that they have in common is
+            computed once for each.
         max_body_bytes: largest request body.
         startup_timeout_s: seconds that a replica may take to load its model.
     """
@@ -162,12 +173,16 @@ class ServeConfig:
     placement: Placement = Placement.SPREAD
     kv_store: KVStoreConfig = field(default_factory=KVStoreConfig)
     data_plane: DataPlaneConfig = field(default_factory=DataPlaneConfig)
+    router: Router = Router.PREFIX
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
     max_ongoing_requests: int = 256
     max_queued_requests: int = 1024
     request_timeout_s: float = 600.0
     drain_s: float = 20.0
     surge_percent: int = 25
     stream_interval_s: float = 0.02
+    keep_streams_s: float = 60.0
+    isolate_tenants: bool = False
     max_body_bytes: int = 8 << 20
     startup_timeout_s: float = 600.0
 
@@ -220,13 +235,14 @@ class ServeConfig:
                 "startup_timeout_s",
             ),
         )
-        check_at_least(self, ("drain_s", "surge_percent", "stream_interval_s"), 0)
+        check_at_least(self, ("drain_s", "surge_percent", "stream_interval_s", "keep_streams_s"), 0)
         if self.surge_percent > 100:
             raise ConfigError(f"surge_percent must be at most 100, got {self.surge_percent!r}.")
         self.shallow.validate("shallow.")
         self.deep.validate("deep.")
         self.kv_store.validate("kv_store.")
         self.data_plane.validate("data_plane.")
+        self.routing.validate()
         if self.placement is Placement.BESIDE and self.deep.max_replicas:
             raise ConfigError(
                 "deep.max_replicas must be 0 with placement: beside, where every shallow replica "

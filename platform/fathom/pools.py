@@ -30,6 +30,16 @@ class Placement(StrEnum):
     while it lives. There are as many of them as shallow replicas, and they scale together."""
 
 
+class Router(StrEnum):
+    """How a request gets to a replica."""
+
+    PREFIX = "prefix"
+    """To its session's, else to the one that served its prefix, else to the least loaded."""
+
+    POW2 = "pow2"
+    """To the less loaded of two chosen at random, which is Ray Serve's own way."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PoolConfig:
     """Replicas of one kind.

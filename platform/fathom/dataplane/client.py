@@ -52,6 +52,7 @@ class RemoteDeepStage:
         peers: gives the addresses of the deep replicas that there are now, the preferred first.
         hello, token, tls, deadline_s: see ``Exchange``.
         give_up_s: how long ``reopen`` looks for a peer.
+        on_lost: told the address of a peer that does not take the connection, or is lost.
 
     Attributes:
         timings: of the latest flushes.
@@ -69,8 +70,10 @@ class RemoteDeepStage:
         tls: Tls | None = None,
         deadline_s: float = DEADLINE_S,
         give_up_s: float = GIVE_UP_S,
+        on_lost: Callable[[str], None] = lambda address: None,
     ) -> None:
         self._peers = peers
+        self._on_lost = on_lost
         self._hello = hello
         self._give_up_s = give_up_s
         self._options: dict[str, Any] = {"token": token, "tls": tls, "deadline_s": deadline_s}
@@ -150,6 +153,7 @@ class RemoteDeepStage:
 
     def reopen(self) -> None:
         """See ``DeepStage.reopen``: tries every peer, again and again with longer pauses."""
+        self._on_lost(self._exchange.address)
         self._exchange.close()
         self._ops.take()
         self._cache.clear()
@@ -166,6 +170,7 @@ class RemoteDeepStage:
             try:
                 return Exchange(address, self._hello, **self._options)
             except DeepLost as error:
+                self._on_lost(address)
                 reasons.append(str(error))
         raise DeepLost("; ".join(reasons) or "there is no deep replica")
 

@@ -51,7 +51,7 @@ class Exchange:
         deadline_s: longest that a flush may take.
 
     Attributes:
-        lease: what the peer has granted.
+        address: of the peer. lease: what it has granted.
 
     Raises:
         DeepLost: if the peer cannot be reached, refuses the token, or its model is another.
@@ -60,7 +60,7 @@ class Exchange:
     def __init__(
         self, address: str, hello: Hello, *, token: str, tls: Tls | None, deadline_s: float
     ) -> None:
-        self._address = address
+        self.address = address
         self._hello = hello
         self._deadline_s = deadline_s
         self._lost: DeepLost | None = None
@@ -106,7 +106,7 @@ class Exchange:
     def _connect(self, token: str, tls: Tls | None) -> Lease:
         options = {} if tls is None else {"tls_root_certs": tls.certificate}
         try:
-            self._client = flight.FlightClient(self._address, **options)
+            self._client = flight.FlightClient(self.address, **options)
             call = flight.FlightCallOptions(
                 headers=[(b"authorization", f"Bearer {token}".encode())]
             )
@@ -116,7 +116,7 @@ class Exchange:
             with _Cancel(self._reader, min(self._deadline_s, SILENCE_S)):
                 return messages.decode_lease(*_read(self._reader))
         except (pa.ArrowException, OSError, ProtocolError, StopIteration) as error:
-            raise DeepLost(f"{self._address}: {_words(error)}") from error
+            raise DeepLost(f"{self.address}: {_words(error)}") from error
 
     # Threads
 
@@ -181,7 +181,7 @@ class Exchange:
         with self._lock:
             if self._lost is not None:
                 return
-            self._lost = DeepLost(f"{self._address}: {reason}")
+            self._lost = DeepLost(f"{self.address}: {reason}")
             away = list(self._away.values())
             self._away.clear()
         for each in away:

@@ -140,6 +140,7 @@ def build_shallow(
     deadline_s: float = DEADLINE_S,
     give_up_s: float = GIVE_UP_S,
     wait_s: float = 0.0,
+    on_lost: Callable[[str], None] = lambda address: None,
     store: KVStore | None = None,
 ) -> Engine:
     """An engine with the layers [0, k) and the exit head, its deep stage behind an exchange.
@@ -147,7 +148,7 @@ def build_shallow(
     Args:
         config: the same as the deep replicas'.
         peers: gives the addresses of the deep replicas that there are now, the preferred first.
-        token, tls, deadline_s, give_up_s: see ``RemoteDeepStage``.
+        token, tls, deadline_s, give_up_s, on_lost: see ``RemoteDeepStage``.
         wait_s: how long a first peer is waited for.
         store: of KV blocks, shared with other replicas.
 
@@ -181,6 +182,7 @@ def build_shallow(
         tls=tls,
         deadline_s=deadline_s,
         give_up_s=give_up_s,
+        on_lost=on_lost,
     )
     costs = StageCosts(
         shallow=shallow, shallow_full=shallow_full, deep=CostCurve(tuple(deep.costs))
