@@ -10,6 +10,7 @@ and norms, RoPE and softmax are left out, as is usual.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fathom.types import ComputeUsage
@@ -134,6 +135,17 @@ class Ledger:
         """Enter a sequence that will be recomputed."""
         for account in (page, self.total):
             account.preemptions += 1
+
+    def enter_resumption(self, page: ComputeUsage, depths: Sequence[int]) -> None:
+        """Enter a completion that goes on here, after tokens of these depths from elsewhere.
+
+        They are tokens of its output, but none that this engine has made.
+        """
+        for account in (page, self.total):
+            account.resumptions += 1
+        page.decided += len(depths)
+        page.exited += sum(depth < self.costs.num_layers for depth in depths)
+        page.depth_sum += sum(depths)
 
     def snapshot(self) -> ComputeUsage:
         """A copy of the totals since the engine started."""

@@ -241,7 +241,8 @@ class Resumed:
     """What one completion of a request had given before its replica was lost.
 
     Attributes:
-        token_ids: final tokens that somebody has seen, in order. depths: of each.
+        token_ids: final tokens that somebody has seen, in order, up to the end of some
+            ``RequestOutput``. depths: of each, in layers (see ``Token.depth``).
         finished: nothing more of it is wanted.
     """
 
@@ -274,6 +275,11 @@ class Request:
     cache_salt: str = ""
     session_id: str = ""
     resumed: tuple[Resumed, ...] = ()
+
+    @property
+    def num_open(self) -> int:
+        """Completions that are wanted still."""
+        return self.n - sum(given.finished for given in self.resumed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,6 +324,10 @@ class ComputeUsage:
         flops: multiply-adds x 2 of everything above, attention and heads included.
         kv_bytes_written, kv_bytes_read: bytes of keys and values.
         preemptions: times this request was recomputed.
+        resumptions: times it went on elsewhere because its replica was lost. Tokens from before
+            are in ``decided``, ``exited`` and ``depth_sum``, which describe the output; what the
+            lost replicas had run for them is lost with their pages, and their drafts are judged
+            here without being counted.
     """
 
     mode: str = ""
@@ -338,6 +348,7 @@ class ComputeUsage:
     kv_bytes_written: int = 0
     kv_bytes_read: int = 0
     preemptions: int = 0
+    resumptions: int = 0
 
     @property
     def layers_per_token(self) -> float:
@@ -388,6 +399,8 @@ class RequestOutput:
         finish_reason: set on the last output of a completion, else None.
         stop_reason: the stop string or token id that ended it, if one did.
         error: what went wrong when finish_reason is ``error`` or ``deadline``.
+        retriable: the error is this replica's plight and no fault of the request, which can go on
+            at another (``Request.resumed``).
         usage: set on the last output.
     """
 
@@ -398,5 +411,6 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: str | None = None
+    retriable: bool = False
     usage: Usage | None = None
     prompt_tokens: list[Token] | None = None

@@ -25,6 +25,7 @@ def merge_outputs(outputs: list[RequestOutput]) -> list[RequestOutput]:
             finish_reason=out.finish_reason,
             stop_reason=out.stop_reason,
             error=out.error,
+            retriable=out.retriable,
             usage=out.usage,
             prompt_tokens=out.prompt_tokens if seen.prompt_tokens is None else seen.prompt_tokens,
         )

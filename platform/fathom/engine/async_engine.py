@@ -51,7 +51,7 @@ class AsyncEngine:
         return cls(Engine.from_config(config))
 
     async def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
-        """Run a request; yields its news until each of its ``n`` completions has ended.
+        """Run a request; yields its news until each of its open completions has ended.
 
         Closing the iterator, or cancelling the task that waits on it, cancels the request.
 
@@ -66,7 +66,7 @@ class AsyncEngine:
 
         def add() -> None:
             self._engine.add_request(request)
-            self._streams[name] = (loop, queue, request.n)
+            self._streams[name] = (loop, queue, request.num_open)
 
         try:
             await self._run_on_thread(add)
@@ -74,7 +74,7 @@ class AsyncEngine:
             self._post(lambda: self._cancel(name))
             raise
         try:
-            open_completions = request.n
+            open_completions = request.num_open
             while open_completions:
                 output = await queue.get()
                 if isinstance(output, BaseException):

@@ -16,6 +16,7 @@ from fathom.engine.flights import Answer, Flights, reads_logits
 from fathom.engine.info import EngineInfo
 from fathom.engine.output import confirm, take_output
 from fathom.engine.requests import check_request, new_sequences
+from fathom.engine.resume import resume
 from fathom.engine.scheduler import Scheduler, ShallowWork
 from fathom.engine.sequence import Sequence
 from fathom.engine.shallow import ShallowStage
@@ -113,9 +114,14 @@ class Engine:
             has_tokenizer=self._new_detokenizer is not None,
         )
         family = new_sequences(request, self.info, self._next_seq_id, self._new_detokenizer)
+        if request.resumed:
+            resume(family, self.info, self.ledger)
         self._next_seq_id += len(family)
         self._live[request.request_id] = family
         self._scheduler.waiting.append(family[0])
+        for seq in list(family):
+            if seq.finish_reason is not None:  # the loss came before the news of its end
+                self._retire(seq)
 
     def cancel(self, request_id: str) -> bool:
         """End a request; its last outputs have ``finish_reason`` cancelled.
@@ -289,6 +295,7 @@ class Engine:
         except DeepLost as error:
             for family in list(self._live.values()):
                 for seq in list(family):
+                    seq.retriable = True
                     self._end(seq, FinishReason.ERROR, f"no deep stage is left: {error}")
             return
         for seq in self._scheduler.running:
@@ -347,12 +354,13 @@ class Engine:
             if self._listener is not None and decision.best >= 0:
                 self._listener(record_of(seq, decision, choice))
             drafted = decision.token is not None
-            if drafted:
+            if drafted and not decision.resumed:
                 self.ledger.enter_verdict(seq.compute, accepted=verdict.agreed)
             if drafted and not verdict.kept:
                 self._cut(seq, decision.position + 1)
             if not verdict.kept:
                 seq.tokens.append(verdict.token)
+                seq.epoch += 1
             if compute.holds_drafts or not drafted:
                 depth = self.info.exit_depth if verdict.kept else self.info.num_layers
                 confirm(seq, verdict.token, depth, row, self.ledger)
@@ -374,7 +382,6 @@ class Engine:
         self._scheduler.shallow_cache.truncate(seq.seq_id, seq.shallow_len)
         self._deep.cache.truncate(seq.seq_id, seq.deep_len)
         seq.decided = length
-        seq.epoch += 1
 
     def _fork_children(self, seq: Sequence) -> None:
         """Start the other completions of a request on the prompt blocks of the first."""
@@ -427,7 +434,8 @@ class Engine:
         family.remove(seq)
         if not family:
             del self._live[seq.request.request_id]
-        seq.text.end()
+        if not seq.retriable:  # else the text goes on elsewhere, from what was shown
+            seq.text.end()
         self._report(seq)
 
     def _report(self, seq: Sequence) -> None:

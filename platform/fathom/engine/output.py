@@ -25,9 +25,15 @@ def confirm(
     if params.logprobs is not None:
         assert logits is not None
         logprob, top = sampling.logprobs_of(logits, token, params.logprobs)
-    seq.confirmed += 1
     seq.new_tokens.append(Token(token, depth, logprob, top))
     ledger.enter_token(seq.compute, depth)
+    advance(seq, token)
+
+
+def advance(seq: Sequence, token: int) -> None:
+    """Count one more final token, take its text, and see whether the completion ends with it."""
+    params = seq.request.sampling
+    seq.confirmed += 1
     if token in seq.stop_ids:
         seq.finish_reason = FinishReason.STOP
         seq.stop_reason = token if token in params.stop_token_ids else None
@@ -61,6 +67,7 @@ def take_output(seq: Sequence, *, ended: bool) -> RequestOutput | None:
         output.finish_reason = seq.finish_reason
         output.stop_reason = seq.stop_reason
         output.error = seq.error
+        output.retriable = seq.retriable
         output.usage = Usage(
             prompt_tokens=seq.num_prompt,
             completion_tokens=seq.num_confirmed_output,

@@ -154,7 +154,7 @@ class SharedPrefixes:
             self._cache.truncate(seq.seq_id, seq.shallow_len)
             seq.shared_blocks = seq.shallow_len // size
             if not seq.compute.preemptions:
-                seq.cached_tokens = seq.shallow_len
+                seq.cached_tokens = min(seq.shallow_len, seq.num_prompt)
             self.tokens += count
         # Without its deep blocks a row is simply on the stack: its exit state is here.
         seq.deep_len = min(deep, seq.shallow_len)

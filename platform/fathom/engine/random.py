@@ -23,9 +23,11 @@ def uniform(seed: int, position: int, epoch: int, purpose: Draw) -> float:
     Args:
         seed: the sequence's seed, any integer.
         position: position of the row that decides.
-        epoch: how often the sequence has been cut. A position that is decided again after a cut
-            must draw afresh: which way it was decided first may have depended on the old draw,
-            and reusing it would bias ``exact`` sampling.
+        epoch: how many tokens of the sequence the deep stage has chosen. A position that is decided
+            again after a cut must draw afresh: which way it was decided first may have depended on
+            the old draw, and reusing it would bias ``exact`` sampling. A cut comes with a token of
+            the deep stage; counting those, and not the cuts, lets a sequence that goes on in
+            another engine draw what it would have drawn (see ``resume``).
         purpose: what for.
     """
     key = np.array([seed % 2**64, int(purpose)], dtype=np.uint64)

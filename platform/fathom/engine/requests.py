@@ -5,10 +5,11 @@ from __future__ import annotations
 import secrets
 
 from fathom.engine.info import EngineInfo
+from fathom.engine.resume import check_resumed
 from fathom.engine.scoring import PromptScores
 from fathom.engine.sequence import Sequence
 from fathom.engine.text import DetokenizerFactory, TextStream
-from fathom.types import InvalidRequest, Request
+from fathom.types import InvalidRequest, Request, Resumed
 
 MAX_COMPLETIONS = 128
 
@@ -58,6 +59,8 @@ def check_request(
             f"got {request.compute.max_stack}.",
             param="max_stack",
         )
+    if request.resumed:
+        check_resumed(request, info)
 
 
 def new_sequences(
@@ -66,17 +69,19 @@ def new_sequences(
     first_id: int,
     new_detokenizer: DetokenizerFactory | None,
 ) -> list[Sequence]:
-    """The request's ``n`` completions; the first is the parent that the others fork from.
+    """The request's open completions; the first is the parent that the others fork from.
 
     ``max_tokens`` ends at the longest sequence that the model and the pool allow. A request
-    without a seed gets one that no other has. Only the first scores the prompt.
+    without a seed gets one that no other has. Only completion 0 scores the prompt, before its
+    first token; all start at the prompt (see ``resume``).
     """
     params = request.sampling
     seed = secrets.randbits(63) if params.seed is None else params.seed
     eos = () if params.ignore_eos else info.eos_token_ids
+    given = request.resumed or (Resumed(),) * request.n
     sequences = [
         Sequence(
-            seq_id=first_id + index,
+            seq_id=first_id + position,
             request=request,
             index=index,
             seed=seed + index,
@@ -85,10 +90,10 @@ def new_sequences(
             stop_ids=eos + params.stop_token_ids,
             text=TextStream(new_detokenizer() if new_detokenizer else None, params.stop),
         )
-        for index in range(request.n)
+        for position, index in enumerate(i for i in range(request.n) if not given[i].finished)
     ]
     parent, *children = sequences
-    if params.prompt_logprobs is not None:
+    if params.prompt_logprobs is not None and parent.index == 0 and not given[0].token_ids:
         parent.scores = PromptScores(
             request.prompt_token_ids, params.prompt_logprobs, info.num_layers
         )

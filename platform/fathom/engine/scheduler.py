@@ -220,7 +220,7 @@ class Scheduler:
             self.prefix_queries += len(seq.tokens)
             self.prefix_hits += seq.shallow_len
         if not seq.compute.preemptions:
-            seq.cached_tokens = seq.shallow_len
+            seq.cached_tokens = min(seq.shallow_len, seq.num_prompt)
         seq.shared_blocks = hits
         if self.shared is not None:
             self.shared.begin(seq, hits, limit)

@@ -27,6 +27,7 @@ class Decision:
             needs it (``exact`` at temperature > 0).
         best: the exit head's best token, exited or not, and entropy: of its distribution in nats;
             noted where the engine is traced.
+        resumed: another engine's draft, lost with it: judged again, but in no account or trace.
     """
 
     position: int
@@ -35,6 +36,7 @@ class Decision:
     draft_probs: torch.Tensor | None = None
     best: int = -1
     entropy: float = float("nan")
+    resumed: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -55,7 +57,7 @@ class Sequence:
         waiting: it needs the deep stage before it can go on.
         in_flight: its stack is away in a flush.
         copied: positions, ascending, whose deep keys and values are projected from the exit state.
-        epoch: number of cuts so far (see ``random.uniform``).
+        epoch: output tokens that the deep stage has chosen (see ``random.uniform``).
         finish_reason: set once no more tokens come; a final flush may still be due.
         published_blocks: leading blocks that the prefix cache knows in both stages.
         shared_blocks: leading blocks that were offered to the KV store, or came from there.
@@ -92,6 +94,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: str | None = None
+    retriable: bool = False
     new_tokens: list[Token] = field(default_factory=list)
     compute: ComputeUsage = field(default_factory=ComputeUsage)
     added_at: float = field(default_factory=time.monotonic)
