@@ -16,16 +16,21 @@ from fathom.engine.info import EngineInfo
 from fathom.evaluation.bootstrap import CONFIDENCE, RESAMPLES
 from fathom.evaluation.errors import EvaluationError
 from fathom.evaluation.run import Load
+from fathom.models.adapters import find_adapter
+from fathom.models.files import weights_digest
+from fathom.models.resolve import resolve_model
 
 _ENGINE = (
     "model",
     "dtype",
     "device",
+    "threads",
     "adapter",
     "exit_layer",
     "exit_vocab",
     "max_num_seqs",
     "max_model_len",
+    "kv_cache_bytes",
 )
 
 
@@ -37,9 +42,17 @@ def describe_job(
 ) -> dict[str, Any]:
     """A JSON object that two evaluations share if one can go on with the other's answers.
 
+    The model's and the adapter's contents count, not their names alone: a folder that was trained
+    into again holds another adapter.
+
     Args:
-        settings: limit, new_tokens and runs.
+        settings: limit, new_tokens, runs and agreement.
+
+    Raises:
+        ModelError: if there is no such model or adapter.
     """
+    weights = weights_digest(resolve_model(config.model))
+    adapter = find_adapter(config.adapter, config.model, weights)
     return {
         "tasks": {
             each.task.name: {
@@ -51,6 +64,8 @@ def describe_job(
         "modes": list(points),
         **settings,
         "engine": {name: getattr(config, name) for name in _ENGINE},
+        "weights_sha256": weights,
+        "adapter_sha256": adapter.digest if adapter else None,
         "compute": {**dataclasses.asdict(config.compute), "mode": None},
     }
 

@@ -65,6 +65,10 @@ def _point(name: str, compute: ComputePolicy) -> ComputePolicy:
     point = dataclasses.replace(compute, mode=AcceptMode(mode))
     if not at:
         return point
+    if point.mode is AcceptMode.FULL:
+        raise EvaluationError(
+            f"--modes: nothing exits in mode {mode}, so write {mode}, not {name}."
+        )
     try:
         point = dataclasses.replace(
             point, policy=PolicyName.THRESHOLD, exit_threshold=float(threshold)

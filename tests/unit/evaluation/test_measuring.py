@@ -188,6 +188,8 @@ def test_points_are_modes_at_thresholds() -> None:
     for names, message in (
         (["deep"], "must be a list of full, exact, rollback, free, copy, static, random"),
         (["free@2"], "threshold of 'free@2' must be a number from 0 to 1"),
+        (["free@"], "threshold of 'free@' must be a number from 0 to 1"),
+        (["full@0.5"], "nothing exits in mode full, so write full, not full@0.5"),
         (["random", "free"], "name free, or free@X, before it"),
     ):
         with pytest.raises(EvaluationError, match=message):

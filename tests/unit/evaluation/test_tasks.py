@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from fathom.config import EngineConfig
 from fathom.evaluation.data import data_file, read_rows, read_text
 from fathom.evaluation.errors import EvaluationError, library
-from fathom.evaluation.job import is_complete
+from fathom.evaluation.job import describe_job, is_complete
 from fathom.evaluation.partial import Partial
+from fathom.evaluation.run import load
 from fathom.evaluation.tasks import TASKS, GenerationTask, Item, read_choices, read_items
+from fathom.models.adapters import Adapter
 
 
 def write(path: Path, *rows: Any) -> Path:
@@ -156,3 +160,26 @@ def test_what_is_complete(tmp_path: Path) -> None:
     assert not is_complete(out, partial, job, resume=True)
     with pytest.raises(EvaluationError, match="go on with --resume"):
         is_complete(out, partial, job, resume=False)
+
+
+def test_a_job_is_of_the_contents_of_its_files(tmp_path: Path, tiny_model: Path) -> None:
+    data = write(tmp_path / "in.jsonl", {"de": "Hund", "en": "dog"})
+
+    def job() -> dict[str, Any]:
+        config = EngineConfig(model=str(tiny_model), adapter=str(tmp_path / "adapter"))
+        return describe_job(config, ["full"], [load(TASKS["multi30k"], data, None)], {"limit": 1})
+
+    def train(norm: float) -> None:
+        ids = torch.tensor([3, 4])
+        Adapter(exit_layer=2, norm=torch.full((32,), norm), token_ids=ids).write(
+            tmp_path / "adapter"
+        )
+
+    train(1.0)
+    first = job()
+    assert job() == first
+    train(2.0)
+    assert job() != first
+    train(1.0)
+    write(data, {"de": "Hund", "en": "a dog"})
+    assert job() != first
