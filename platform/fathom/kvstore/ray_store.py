@@ -28,6 +28,9 @@ FETCH_TIMEOUT_S = 3.0
 MAX_PUBLISHES_AWAY = 64
 _PAUSE_AFTER_FAILURE_S = 5.0
 
+Piece = tuple["ray.ObjectRef[Block]", int]
+"""Blocks [extent, bytes] in the object store, and how many of the leading ones are meant."""
+
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)
 class StoreShard:
@@ -40,13 +43,18 @@ class StoreShard:
     def __init__(self, budget_bytes: int) -> None:
         self._index: ShardIndex[ray.ObjectRef[Block]] = ShardIndex(budget_bytes)
 
-    def lookup(self, keys: Sequence[BlockKey]) -> list[ray.ObjectRef[Block]]:
-        """References of the leading keys that are here; who holds them keeps the blocks alive."""
+    def lookup(self, keys: Sequence[BlockKey]) -> list[Piece]:
+        """See ``ShardIndex.lookup``; who holds the references keeps the blocks alive."""
         return self._index.lookup(keys)
 
-    def publish(self, keys: Sequence[BlockKey], *blocks: Block) -> None:
-        """Take the blocks of the last keys of a chain; see ``ShardIndex.publish``."""
-        self._index.publish(keys, [block.nbytes for block in blocks], lambda i: ray.put(blocks[i]))
+    def publish(self, keys: Sequence[BlockKey], blocks: Block) -> None:
+        """Take blocks; see ``ShardIndex.publish``.
+
+        Args:
+            blocks: [count, bytes], those of the last keys.
+        """
+        count, size = blocks.shape
+        self._index.publish(keys, count, size, lambda first, last: ray.put(blocks[first:last]))
 
     def stats(self) -> StoreStats:
         """See ``StoreStats``."""
@@ -124,8 +132,9 @@ class RayKVStore:
                 _, away = ray.wait(list(self._away), num_returns=len(self._away), timeout=0)
                 self._away = deque(away)
             if len(self._away) < MAX_PUBLISHES_AWAY:
-                shard = self._shards[index]
-                self._away.append(shard.publish.remote(list(keys), *blocks))
+                # One array: each argument of a call costs the shard more than its bytes do.
+                shard, rows = self._shards[index], np.stack(blocks)
+                self._away.append(shard.publish.remote(list(keys), rows))
 
     def stats(self) -> StoreStats:
         """Of all shards that answer."""
@@ -145,16 +154,26 @@ class RayKVStore:
 class RayHits:
     """References to leading blocks; see ``fathom.kvstore.store.Hits``."""
 
-    def __init__(self, references: Sequence[ray.ObjectRef[Block]]) -> None:
-        self._references = list(references)
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self._pieces = list(pieces)
+        self._count = sum(count for _, count in self._pieces)
 
     def __len__(self) -> int:
-        return len(self._references)
+        return self._count
 
     def fetch(self, start: int = 0) -> Sequence[Block]:
         """See ``Hits.fetch``: one get for all."""
+        wanted: list[tuple[ray.ObjectRef[Block], int, int]] = []
+        first = 0
+        for reference, count in self._pieces:
+            if start < first + count:
+                wanted.append((reference, max(0, start - first), count))
+            first += count
         try:
-            found: list[Block] = ray.get(self._references[start:], timeout=FETCH_TIMEOUT_S)
+            found = ray.get([reference for reference, _, _ in wanted], timeout=FETCH_TIMEOUT_S)
         except RayError as error:
             raise BlocksGone(str(error).partition("\n")[0]) from error
-        return [np.asarray(block) for block in found]
+        blocks: list[Block] = []
+        for rows, (_, begin, end) in zip(found, wanted, strict=True):
+            blocks += list(np.asarray(rows)[begin:end])
+        return blocks

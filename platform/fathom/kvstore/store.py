@@ -52,7 +52,8 @@ class KVStore(Protocol):
         """Offer blocks to others. Returns at once; what cannot be taken is dropped.
 
         Args:
-            keys: of one chain, from its first block on; blocks: of the last ``len(blocks)`` keys.
+            keys: of one chain, from its first block on.
+            blocks: of the last ``len(blocks)`` keys, all of one size.
         """
         ...
 

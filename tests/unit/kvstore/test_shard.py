@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import weakref
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fathom.kvstore.shard import ShardIndex
+from fathom.kvstore.shard import EXTENT, ShardIndex
 
 Chain = list[bytes]
 
 
-class Block:
+class Blocks:
     """Stands for an object of Ray's: it lives as long as somebody holds it."""
 
-    def __init__(self, key: bytes) -> None:
-        self.key = key
+    def __init__(self, keys: Chain) -> None:
+        self.keys = keys
 
 
 def chain(path: bytes) -> Chain:
@@ -25,145 +24,163 @@ def chain(path: bytes) -> Chain:
     return [path[: end + 1] for end in range(len(path))]
 
 
-def size_of(key: bytes) -> int:
-    return 1 + (key[-1] + len(key)) % 3
-
-
 class SlowShard:
-    """The rules, written down without a thought of speed."""
+    """The rules, written down without a thought of speed: each block with its extent."""
 
     def __init__(self, budget: int) -> None:
-        self.budget, self.clock = budget, 0
-        self.used: dict[bytes, int] = {}
-        self.evicted = 0
+        self.budget, self.clock, self.evicted = budget, 0, 0
+        self.extents: dict[tuple[bytes, ...], tuple[int, int]] = {}  # last use, bytes
+
+    def listed(self) -> set[bytes]:
+        return {key for extent in self.extents for key in extent}
 
     def bytes(self) -> int:
-        return sum(map(size_of, self.used))
+        return sum(size for _, size in self.extents.values())
 
-    def touch(self, keys: Chain) -> None:
-        for key in reversed(keys):
-            self.clock += 1
-            self.used[key] = self.clock
+    def of(self, keys: Chain) -> list[tuple[bytes, ...]]:
+        return [e for key in keys for e in self.extents if e[0] == key]
 
     def lookup(self, keys: Chain) -> Chain:
-        found = []
+        found: Chain = []
         for key in keys:
-            if key not in self.used:
+            if key not in self.listed():
                 break
             found.append(key)
-        self.touch(found)
+        for extent in reversed(self.of(found)):
+            self.clock += 1
+            self.extents[extent] = self.clock, self.extents[extent][1]
         return found
 
-    def publish(self, keys: Chain, count: int) -> None:
-        here = self.lookup(keys)
-        if len(here) < len(keys) - count:
+    def publish(self, keys: Chain, count: int, size: int) -> None:
+        here = len(self.lookup(keys))
+        if here < len(keys) - count:
             return
-        for key in keys[len(here) :]:
-            others = sorted(set(self.used) - set(here), key=self.used.__getitem__)
-            if size_of(key) + sum(map(size_of, here)) > self.budget:
-                break  # there is no room without taking of the chain itself
-            while self.bytes() + size_of(key) > self.budget:
-                del self.used[others.pop(0)]
-                self.evicted += 1
-            here.append(key)
-            self.touch(here)
+        while here < len(keys):
+            own = sum(self.extents[extent][1] for extent in self.of(keys[:here]))
+            new = keys[here : here + EXTENT]
+            while new and own + len(new) * size > self.budget:
+                new.pop()
+            if not new:
+                return
+            others = [e for e in self.extents if e not in self.of(keys[:here])]
+            others.sort(key=lambda extent: self.extents[extent][0])
+            while self.bytes() + len(new) * size > self.budget:
+                self.evicted += len(others[0])
+                del self.extents[others.pop(0)]
+            self.extents[tuple(new)] = 0, len(new) * size
+            here += len(new)
+            self.lookup(keys[:here])
 
 
-# Few tokens, so that chains share their beginnings.
-paths = st.binary(min_size=1, max_size=6).map(lambda raw: bytes(byte % 3 for byte in raw))
+# Few tokens, so that chains share their beginnings; long enough for several extents.
+paths = st.binary(min_size=1, max_size=20).map(lambda raw: bytes(byte % 2 for byte in raw))
 actions = st.one_of(
     st.tuples(st.just("lookup"), paths, st.just(0)),
-    st.tuples(st.just("publish"), paths, st.integers(1, 6)),
+    st.tuples(st.just("publish"), paths, st.integers(1, 20)),
     st.tuples(st.just("release"), paths, st.just(0)),
 )
 
 
-@given(budget=st.integers(0, 20), steps=st.lists(actions, max_size=60))
-def test_it_keeps_what_a_slow_shard_keeps(budget: int, steps: list[tuple[str, bytes, int]]) -> None:
-    shard: ShardIndex[Block] = ShardIndex(budget)
+@given(budget=st.integers(0, 60), size=st.integers(1, 3), steps=st.lists(actions, max_size=40))
+def test_it_keeps_what_a_slow_shard_keeps(
+    budget: int, size: int, steps: list[tuple[str, bytes, int]]
+) -> None:
+    shard: ShardIndex[Blocks] = ShardIndex(budget)
     slow = SlowShard(budget)
-    alive: weakref.WeakSet[Block] = weakref.WeakSet()
-    listed: dict[bytes, weakref.ref[Block]] = {}
-    held: list[Block] = []
+    alive: weakref.WeakSet[Blocks] = weakref.WeakSet()
+    listed: dict[tuple[bytes, ...], weakref.ref[Blocks]] = {}
+    held: list[Blocks] = []
     asked = hits = 0
     for action, path, count in steps:
         keys = chain(path)
         if action == "lookup":
-            found = shard.lookup(keys)
-            assert [block.key for block in found] == slow.lookup(keys)
-            held += found
+            pieces = shard.lookup(keys)
+            found = [key for blocks, used in pieces for key in blocks.keys[:used]]
+            assert found == slow.lookup(keys)
+            held += [blocks for blocks, _ in pieces]
             asked, hits = asked + 1, hits + len(found)
+            pieces = []
         elif action == "release":
             held = []
         else:
             count = min(count, len(keys))
             offered = keys[-count:]
 
-            def put(index: int, offered: Chain = offered) -> Block:
-                block = Block(offered[index])
-                alive.add(block)
-                listed[block.key] = weakref.ref(block)
-                return block
+            def put(first: int, last: int, offered: Chain = offered) -> Blocks:
+                blocks = Blocks(offered[first:last])
+                alive.add(blocks)
+                listed[tuple(blocks.keys)] = weakref.ref(blocks)
+                return blocks
 
-            before = set(slow.used)
-            taken = shard.publish(keys, [size_of(key) for key in offered], put)
-            slow.publish(keys, count)
-            assert taken == len(set(slow.used) - before)
+            before = slow.listed()
+            taken = shard.publish(keys, count, size, put)
+            slow.publish(keys, count, size)
+            assert taken == len(slow.listed() - before)
 
         stats = shard.stats()
         assert stats.bytes == slow.bytes() <= budget
-        assert (stats.blocks, stats.evicted) == (len(slow.used), slow.evicted)
+        assert (stats.blocks, stats.evicted) == (len(slow.listed()), slow.evicted)
         assert (stats.lookups, stats.hits) == (asked, hits)
         # Whatever is listed can be found: its whole chain is here.
-        assert all(key[:end] in slow.used for key in slow.used for end in range(1, len(key)))
+        assert all(
+            key[:end] in slow.listed() for key in slow.listed() for end in range(1, len(key))
+        )
         # Blocks live while they are listed or held, and not longer.
-        found = []
-        assert set(alive) == {*held, *(listed[key]() for key in slow.used)}
+        assert set(alive) == {*held, *(listed[extent]() for extent in slow.extents)}
+
+
+def lengths(shard: ShardIndex[object], keys: Chain) -> list[int]:
+    return [used for _, used in shard.lookup(keys)]
+
+
+def put(first: int, last: int) -> object:
+    return first, last
 
 
 def test_a_block_above_the_budget_is_not_taken_and_costs_nothing() -> None:
-    shard: ShardIndex[str] = ShardIndex(10)
-    assert shard.publish([b"a"], [4], lambda _: "a") == 1
-    assert shard.publish([b"b", b"bb"], [11, 1], lambda _: "b") == 0
-    assert shard.lookup([b"a"]) == ["a"]
+    shard: ShardIndex[object] = ShardIndex(10)
+    assert shard.publish([b"a"], 1, 4, put) == 1
+    assert shard.publish([b"b", b"bb"], 2, 11, put) == 0
+    assert lengths(shard, [b"a"]) == [1]
     assert shard.stats().evicted == 0
 
 
 def test_of_a_chain_that_is_longer_than_the_budget_the_beginning_stays() -> None:
-    shard: ShardIndex[int] = ShardIndex(10)
-    shard.publish([b"old"], [3], lambda _: -1)
-    keys = chain(b"abcdef")
-    assert shard.publish(keys, [3] * 6, lambda index: index) == 3
-    assert shard.lookup(keys) == [0, 1, 2]
-    assert shard.lookup([b"old"]) == []
+    shard: ShardIndex[object] = ShardIndex(10 * 3 + 2)
+    shard.publish([b"old"], 1, 3, put)
+    keys = chain(b"abcdefghijklmno")
+    assert shard.publish(keys, 15, 3, put) == 10
+    assert shard.lookup(keys) == [((0, 8), 8), ((8, 10), 2)]
+    assert lengths(shard, [b"old"]) == []
 
 
 def test_what_follows_on_a_lost_block_is_not_taken() -> None:
     """A shard that came back empty is offered the rest of a chain that it had once."""
-    shard: ShardIndex[int] = ShardIndex(10)
+    shard: ShardIndex[object] = ShardIndex(10)
     keys = chain(b"abc")
-    assert shard.publish(keys, [1], lambda _: 2) == 0
-    assert shard.publish(keys, [1, 1, 1], lambda index: index) == 3
+    assert shard.publish(keys, 1, 1, put) == 0
+    assert shard.publish(keys, 3, 1, put) == 3
 
 
 def test_only_new_blocks_are_put() -> None:
-    shard: ShardIndex[int] = ShardIndex(10)
-    put: list[int] = []
+    shard: ShardIndex[object] = ShardIndex(100)
+    made: list[tuple[int, int]] = []
 
-    def make(index: int) -> int:
-        put.append(index)
-        return index
+    def note(first: int, last: int) -> object:
+        made.append((first, last))
+        return len(made)
 
-    shard.publish(chain(b"ab"), [1, 1], make)
-    shard.publish(chain(b"abcd"), [1, 1, 1], make)  # blocks b, c, d
-    assert put == [0, 1, 1, 2]
-    assert shard.stats().blocks == 4
+    shard.publish(chain(b"ab"), 2, 1, note)
+    shard.publish(chain(b"abcd"), 3, 1, note)  # offers b, c, d
+    shard.publish(chain(b"abcdefghijklmnop"), 16, 1, note)
+    assert made == [(0, 2), (1, 3), (4, 12), (12, 16)]
+    assert lengths(shard, chain(b"abcdefghijklmnop")) == [2, 2, 8, 4]
 
 
-@pytest.mark.parametrize("keys", [[b"x", b"x"], [b"y", b"x", b"y"]])
-def test_keys_that_are_no_chain_do_not_upset_the_account(keys: Chain) -> None:
-    shard: ShardIndex[int] = ShardIndex(4)
-    shard.publish([b"x"], [2], lambda _: 0)
-    shard.publish(keys, [2] * len(keys), lambda index: index)
-    stats = shard.stats()
-    assert stats.bytes == 2 * stats.blocks <= 4
+def test_a_chain_that_turns_off_within_an_extent_has_a_part_of_it() -> None:
+    shard: ShardIndex[object] = ShardIndex(100)
+    shard.publish(chain(b"abcdef"), 6, 1, put)
+    assert lengths(shard, chain(b"abcxyz")) == [3]
+    assert shard.publish(chain(b"abcxyz"), 6, 1, put) == 3
+    assert shard.lookup(chain(b"abcxyz")) == [((0, 6), 3), ((3, 6), 3)]
+    assert lengths(shard, chain(b"abcdef")) == [6]
