@@ -178,8 +178,8 @@ class Application:
         return max(0, spare), max(0, wanted - len(found))
 
     def _objects(self) -> int:
-        """Objects in Ray's store that the KV store does not list: below 0 if blocks are lost."""
-        listed = self._store.stats().blocks if self._store is not None else 0
+        """Objects in Ray's store that the KV store does not list."""
+        listed = self._store.stats().objects if self._store is not None else 0
         reply = internal_api.get_memory_info_reply(gcs)  # type: ignore[no-untyped-call]
         return int(reply.store_stats.num_local_objects) - listed
 

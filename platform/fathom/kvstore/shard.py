@@ -114,7 +114,14 @@ class ShardIndex(Generic[Reference]):
 
     def stats(self) -> StoreStats:
         """See ``StoreStats``."""
-        return StoreStats(len(self._blocks), self._bytes, self._lookups, self._hits, self._evicted)
+        return StoreStats(
+            blocks=len(self._blocks),
+            bytes=self._bytes,
+            lookups=self._lookups,
+            hits=self._hits,
+            evicted=self._evicted,
+            objects=len(self._extents),
+        )
 
     def _find(self, keys: Sequence[BlockKey]) -> tuple[list[_Extent[Reference]], int]:
         """The extents of the leading keys that are here, and how many keys."""

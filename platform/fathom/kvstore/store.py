@@ -60,13 +60,17 @@ class KVStore(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """Figures of a store. blocks, bytes: held. lookups: calls; hits: blocks found."""
+    """Figures of a store. blocks, bytes: held. lookups: calls; hits: blocks found.
+
+    objects: references that the blocks lie behind.
+    """
 
     blocks: int = 0
     bytes: int = 0
     lookups: int = 0
     hits: int = 0
     evicted: int = 0
+    objects: int = 0
 
     def __add__(self, other: StoreStats) -> StoreStats:
         return StoreStats(
@@ -75,6 +79,7 @@ class StoreStats:
             self.lookups + other.lookups,
             self.hits + other.hits,
             self.evicted + other.evicted,
+            self.objects + other.objects,
         )
 
 
