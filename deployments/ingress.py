@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastapi import FastAPI
+from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deployments.handle_backend import HandleBackend
+from deployments.journal import RayJournal
 from fathom.api.app import create_app
 from fathom.api.convert import Defaults
 from fathom.api.service import Service
@@ -18,6 +20,8 @@ from fathom.models.tokenizer import load_tokenizer
 
 class Ingress:
     """Checks and tokenizes requests, and streams answers. Undecorated: see ``app.build``.
+
+    It can die and be replaced: what its clients have been sent is in the application's journal.
 
     Args:
         engine: handle of the replicas.
@@ -30,11 +34,18 @@ class Ingress:
     def __init__(
         self, engine: DeploymentHandle, config: ServeConfig, key_digests: Sequence[bytes]
     ) -> None:
+        self._journal = None
+        if config.keep_streams_s > 0:
+            application = serve.get_replica_context().app_name
+            self._journal = RayJournal(application, keep_s=config.keep_streams_s)
         self._service = Service(
             backend=HandleBackend(engine, limit=config.max_requests),
             tokenizer=load_tokenizer(resolve_model(config.engine.model)),
             model_name=config.model_name or config.engine.model,
             defaults=Defaults(compute=config.engine.compute, timeout_s=config.request_timeout_s),
+            journal=self._journal,
+            keep_streams_s=config.keep_streams_s,
+            isolate_tenants=config.isolate_tenants,
         )
         self._key_digests = tuple(key_digests)
         self._max_body_bytes = config.max_body_bytes
@@ -42,5 +53,13 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor."""
         return create_app(
-            self._service, key_digests=self._key_digests, max_body_bytes=self._max_body_bytes
+            self._service,
+            key_digests=self._key_digests,
+            max_body_bytes=self._max_body_bytes,
+            echo_request_id=False,  # Serve's proxy does
         )
+
+    def __del__(self) -> None:
+        journal = getattr(self, "_journal", None)
+        if journal is not None:
+            journal.close()

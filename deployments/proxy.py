@@ -1,9 +1,10 @@
-"""What runs in Serve's HTTP proxy, before the application: the check of API keys.
+"""What runs in Serve's HTTP proxy, before the application: the checks of API keys and of names.
 
-The application checks keys too, but Serve's proxy answers some paths (``/-/routes``,
-``/-/healthz``) by itself. Serve asks the function that ``CALLBACK_VARIABLE`` names for middlewares.
-It must be set where Ray starts its processes: ``start_ray`` sets it, and the operator of a cluster
-sets it on every node, with ``FATHOM_API_KEY``.
+The application checks them too, but Serve's proxy answers some paths (``/-/routes``,
+``/-/healthz``) by itself, and fails on an ``X-Request-Id`` that it cannot read. Serve asks the
+function that ``CALLBACK_VARIABLE`` names for middlewares. It must be set where Ray starts its
+processes: ``start_ray`` sets it, and the operator of a cluster sets it on every node, with
+``FATHOM_API_KEY``.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 from starlette.middleware import Middleware
 
 from fathom.api.auth import KeyMiddleware, digests_from_env
+from fathom.api.caller import RequestIdMiddleware
 
 CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 CALLBACK = "deployments.proxy.middlewares"
 
 
 def middlewares() -> list[Middleware]:
-    """Serve's callback: the key check, with the keys of the proxy's own environment."""
-    return [Middleware(KeyMiddleware, digests=digests_from_env())]
+    """Serve's callback: the checks, with the keys of the proxy's own environment."""
+    # The last one runs first: a refusal has an id too.
+    return [Middleware(KeyMiddleware, digests=digests_from_env()), Middleware(RequestIdMiddleware)]

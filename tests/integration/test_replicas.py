@@ -104,7 +104,7 @@ def test_the_deadline_ends_requests(two: TestServer) -> None:
 def test_the_deadline_ends_streams_with_an_event(two: TestServer) -> None:
     answer = post(two, **LONG, stream=True)
     assert answer.status_code == 200
-    *_, news, last = [line for line in answer.text.split("\n\n") if line]
+    *_, news, last = [line for line in answer.text.split("\n") if line.startswith("data: ")]
     assert last == "data: [DONE]"
     assert json.loads(news[6:])["error"]["code"] == "deadline_exceeded"
 
@@ -119,7 +119,7 @@ def test_a_replica_that_dies_fails_its_requests_and_comes_back(two: TestServer) 
                 "POST", "/v1/completions", json={"model": two.model, **LONG, "stream": True}
             ) as answer,
         ):
-            lines.extend(line for line in answer.iter_lines() if line)
+            lines.extend(line for line in answer.iter_lines() if line.startswith("data: "))
 
     reader = threading.Thread(target=read)
     reader.start()

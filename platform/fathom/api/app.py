@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from fathom import __version__
-from fathom.api.auth import KeyMiddleware
+from fathom.api.auth import KeyMiddleware, owner_of
 from fathom.api.backend import BackendUnavailable
+from fathom.api.caller import Caller, RequestIdMiddleware, caller_of
 from fathom.api.errors import install_error_handlers, model_not_found
 from fathom.api.limits import BodyLimitMiddleware
 from fathom.api.schemas import ChatCompletionRequest, CompletionRequest
@@ -21,13 +24,20 @@ from fathom.api.sse import EventStream
 from fathom.observability.metrics import CONTENT_TYPE
 
 
-def create_app(service: Service, *, key_digests: Sequence[bytes], max_body_bytes: int) -> FastAPI:
+def create_app(
+    service: Service,
+    *,
+    key_digests: Sequence[bytes],
+    max_body_bytes: int,
+    echo_request_id: bool = True,
+) -> FastAPI:
     """Build the application.
 
     Args:
         key_digests: of the API keys (``auth.digests_from_env``); without any, only clients on
             this machine are served.
         max_body_bytes: largest request body.
+        echo_request_id: put ``X-Request-Id`` on answers; not behind a proxy that does.
     """
     app = FastAPI(
         title="Fathom",
@@ -36,9 +46,10 @@ def create_app(service: Service, *, key_digests: Sequence[bytes], max_body_bytes
         redirect_slashes=False,
     )
     install_error_handlers(app)
-    # The last one added runs first: nothing of a request is read before its key is known.
+    # The last one added runs first: no body is read before the key is known.
     app.add_middleware(BodyLimitMiddleware, limit=max_body_bytes)
     app.add_middleware(KeyMiddleware, digests=key_digests)
+    app.add_middleware(RequestIdMiddleware, echo=echo_request_id)
     _add_completion_routes(app, service)
     _add_model_routes(app, service)
     _add_operator_routes(app, service)
@@ -47,12 +58,18 @@ def create_app(service: Service, *, key_digests: Sequence[bytes], max_body_bytes
 
 def _add_completion_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", response_model=None)
-    async def chat_completions(body: ChatCompletionRequest) -> Response:
-        return _respond(await service.chat(body))
+    async def chat_completions(body: ChatCompletionRequest, request: HttpRequest) -> Response:
+        return _respond(await service.chat(body, _caller(request)))
 
     @app.post("/v1/completions", response_model=None)
-    async def completions(body: CompletionRequest) -> Response:
-        return _respond(await service.completion(body))
+    async def completions(body: CompletionRequest, request: HttpRequest) -> Response:
+        return _respond(await service.completion(body, _caller(request)))
+
+    @app.get("/v1/streams/{request_id:path}", response_model=None)
+    async def stream(request_id: str, request: HttpRequest) -> Response:
+        """The rest of a stream whose connection broke, after the event ``Last-Event-ID``."""
+        caller = dataclasses.replace(_caller(request), request_id=request_id)
+        return _respond(await service.stream(caller))
 
 
 def _add_model_routes(app: FastAPI, service: Service) -> None:
@@ -106,6 +123,10 @@ def _add_operator_routes(app: FastAPI, service: Service) -> None:
     @app.get("/version", response_model=None)
     async def version() -> dict[str, str]:
         return {"version": __version__}
+
+
+def _caller(request: HttpRequest) -> Caller:
+    return caller_of(request, owner_of(request.scope))
 
 
 def _respond(answer: Answer) -> Response:

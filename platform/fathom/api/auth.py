@@ -15,6 +15,7 @@ from fathom.config import ConfigError
 
 KEY_VARIABLE = "FATHOM_API_KEY"
 OPEN_PATHS = frozenset({"/health"})
+_OWNER = "fathom_owner"
 
 
 def digest(key: str) -> bytes:
@@ -60,6 +61,12 @@ def check_bind(host: str, digests: Sequence[bytes]) -> None:
         )
 
 
+def owner_of(scope: Scope) -> bytes:
+    """The digest of the key that ``KeyMiddleware`` let a request in with; empty without keys."""
+    owner: bytes = scope.get("state", {}).get(_OWNER, b"")
+    return owner
+
+
 class KeyMiddleware:
     """Checks the key before anything else is done, on every path but ``/health``.
 
@@ -91,6 +98,7 @@ class KeyMiddleware:
             return "No API key was given; send the header 'Authorization: Bearer KEY'."
         if not is_allowed(key.strip(), self._digests):
             return "The API key is not valid."
+        scope.setdefault("state", {})[_OWNER] = digest(key.strip())
         return None
 
 

@@ -109,6 +109,71 @@ def engine_unavailable(message: str) -> ApiError:
     return ApiError(503, message, kind="server_error", code="engine_unavailable")
 
 
+def stream_not_found(request_id: str) -> ApiError:
+    """404 for a stream that nobody can go on with."""
+    return ApiError(
+        404,
+        f"There is no stream {request_id!r} to go on with: it was never one of this API key's, or "
+        "it is no longer kept. Send the request again without Last-Event-ID.",
+        param="X-Request-Id",
+        code="stream_not_found",
+    )
+
+
+def event_not_found(number: int) -> ApiError:
+    """404 for a client that says it saw more than is known of its stream."""
+    return ApiError(
+        404,
+        f"Last-Event-ID {number} is above the last event that is kept of this stream. Send the "
+        "request again without Last-Event-ID and under another X-Request-Id.",
+        param="Last-Event-ID",
+        code="event_not_found",
+    )
+
+
+def other_body(request_id: str) -> ApiError:
+    """409 for an id that names a stream of another request."""
+    return ApiError(
+        409,
+        f"X-Request-Id {request_id!r} names a stream that was asked for with another body. Send "
+        "that body again to go on with it, or another X-Request-Id.",
+        param="X-Request-Id",
+        code="request_id_in_use",
+    )
+
+
+def model_changed() -> ApiError:
+    """409 for a stream that another model began."""
+    return ApiError(
+        409,
+        "This stream was begun by a model that is no longer served. Send the request again under "
+        "another X-Request-Id.",
+        param="model",
+        code="model_changed",
+    )
+
+
+def journal_unavailable() -> ApiError:
+    """503 while nobody can tell what a client has seen."""
+    return ApiError(
+        503,
+        "The journal of streams does not answer; try again with the same Last-Event-ID.",
+        kind="server_error",
+        code="journal_unavailable",
+        headers={"Retry-After": "1"},
+    )
+
+
+def stream_taken_over() -> ApiError:
+    """409 for a connection whose stream another connection goes on with."""
+    return ApiError(
+        409,
+        "Another connection has asked for the rest of this stream and gets it.",
+        param="X-Request-Id",
+        code="stream_taken_over",
+    )
+
+
 def as_api_error(error: BaseException) -> ApiError:
     """Any exception as an API error; an unknown one is logged and told to no client."""
     match error:

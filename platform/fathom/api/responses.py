@@ -60,7 +60,7 @@ class Dialect(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Style:
-    """What an answer's objects have in common.
+    """What an answer's objects have in common. Plain values: another server can go on with it.
 
     Attributes:
         logprobs, depths: whether choices carry them. echo: the prompts' texts, by prompt, when
@@ -70,7 +70,6 @@ class Style:
     response_id: str
     model: str
     fingerprint: str
-    tokenizer: Tokenizer
     logprobs: bool = False
     depths: bool = False
     echo: Sequence[str] = ()
@@ -118,6 +117,7 @@ class ChatDialect:
     """``/v1/chat/completions``."""
 
     style: Style
+    tokenizer: Tokenizer
 
     @property
     def detailed(self) -> bool:
@@ -154,7 +154,7 @@ class ChatDialect:
         }
 
     def _alternative(self, token_id: int, logprob: float | None) -> dict[str, Any]:
-        text = self.style.tokenizer.token_text(token_id)
+        text = self.tokenizer.token_text(token_id)
         return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
 
 
@@ -163,6 +163,7 @@ class CompletionDialect:
     """``/v1/completions``."""
 
     style: Style
+    tokenizer: Tokenizer
 
     @property
     def detailed(self) -> bool:
@@ -200,7 +201,7 @@ class CompletionDialect:
         if not self.style.logprobs:
             return None
         tokens = [*prompt, *choice.tokens]
-        texts = [self.style.tokenizer.token_text(token.id) for token in tokens]
+        texts = [self.tokenizer.token_text(token.id) for token in tokens]
         offsets = self._prompt_offsets(prompt, choice)
         offset = len(self._prompt_text(choice)) + choice.offset
         for text in texts[len(prompt) :]:
@@ -217,7 +218,7 @@ class CompletionDialect:
         if not prompt:
             return []
         ids = [token.id for token in prompt]
-        return prompt_offsets(ids, self._prompt_text(choice), self.style.tokenizer)
+        return prompt_offsets(ids, self._prompt_text(choice), self.tokenizer)
 
     def _top(self, token: Token, text: str) -> dict[str, float | None] | None:
         if token.logprob is None:  # the first of a prompt: nothing predicts it
@@ -225,7 +226,7 @@ class CompletionDialect:
         top: dict[str, float | None] = {}
         for i, logprob in (token.top_logprobs or {}).items():
             # Different tokens can show the same text; the best one stays.
-            top.setdefault(self.style.tokenizer.token_text(i), _finite(logprob))
+            top.setdefault(self.tokenizer.token_text(i), _finite(logprob))
         top.setdefault(text, _finite(token.logprob))
         return top
 

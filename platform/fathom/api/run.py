@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 
 from fathom.api.backend import Backend
 from fathom.api.errors import failure_of
 from fathom.api.fanout import interleave
+from fathom.api.records import Given, Progress
 from fathom.api.responses import Choice
 from fathom.api.schemas import ComputeOptions
 from fathom.observability.metrics import RequestTimer
@@ -17,17 +18,33 @@ from fathom.types import InvalidRequest, Request, RequestOutput, Token, Usage
 class Run:
     """Runs the engine requests of one API call, all with the same ``n``.
 
+    Args:
+        given: by index, what completions have given already where this goes on with them.
+
     Attributes:
         usages: (prompt, completion) -> usage, complete once ``batches`` has ended.
     """
 
-    def __init__(self, backend: Backend, requests: Sequence[Request], timer: RequestTimer) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        requests: Sequence[Request],
+        timer: RequestTimer,
+        given: Mapping[int, Given] | None = None,
+    ) -> None:
         self._backend = backend
         self._requests = requests
         self._timer = timer
-        self._offsets: dict[int, int] = {}
-        self._scored: dict[int, list[Token]] = {}  # prompt -> its tokens
-        self.usages: dict[tuple[int, int], Usage] = {}
+        self._n = n = requests[0].n
+        given = given or {}
+        self._finished = {index for index, each in given.items() if each.finished}
+        self._offsets = {index: each.characters for index, each in given.items()}
+        self._scored: dict[int, Sequence[Token]] = {  # prompt -> its tokens
+            index // n: each.scored for index, each in given.items() if each.scored
+        }
+        self.usages: dict[tuple[int, int], Usage] = {
+            divmod(index, n): each.usage for index, each in given.items() if each.usage
+        }
 
     async def batches(self) -> AsyncGenerator[list[Choice], None]:
         """News of the choices, in order. Closing this early cancels the requests.
@@ -36,14 +53,19 @@ class Run:
             ApiError: when a completion ends in an error or at its deadline.
             InvalidRequest, QueueFull, BackendUnavailable: from the backend.
         """
-        n = self._requests[0].n
-        self._timer.begin(range(n * len(self._requests)))
+        n = self._n
+        wanted = [i for i in range(n * len(self._requests)) if i not in self._finished]
+        self._timer.begin(wanted)
         reason = "cancelled"
-        streams = [self._backend.generate(request) for request in self._requests]
+        prompts = sorted({index // n for index in wanted})
+        streams = [self._backend.generate(self._requests[prompt]) for prompt in prompts]
         try:
             async with aclosing(interleave(streams)) as outputs:
-                async for prompt, batch in outputs:
-                    yield [self._choice(prompt, n, out) for out in batch]
+                async for position, batch in outputs:
+                    prompt = prompts[position]
+                    news = [out for out in batch if prompt * n + out.index not in self._finished]
+                    if news:
+                        yield [self._choice(prompt, out) for out in news]
         except InvalidRequest as error:
             reason = "error"
             raise _in_the_callers_words(error) from error
@@ -53,8 +75,21 @@ class Run:
         finally:
             self._timer.abandon(reason)
 
-    def _choice(self, prompt: int, n: int, out: RequestOutput) -> Choice:
-        index = prompt * n + out.index
+    def progress(self, choice: Choice) -> Progress:
+        """What the latest news of a completion brought, as it is kept."""
+        prompt, completion = divmod(choice.index, self._n)
+        return Progress(
+            index=choice.index,
+            token_ids=tuple(token.id for token in choice.tokens),
+            depths=tuple(token.depth for token in choice.tokens),
+            characters=len(choice.text),
+            finished=choice.finish_reason is not None,
+            usage=self.usages.get((prompt, completion)),
+            scored=tuple(choice.prompt) if not completion else (),
+        )
+
+    def _choice(self, prompt: int, out: RequestOutput) -> Choice:
+        index = prompt * self._n + out.index
         self._timer.tokens(index, len(out.tokens))
         if out.usage is not None:
             self.usages[prompt, out.index] = out.usage

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import secrets
+import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,15 +14,18 @@ from typing import Any, TypeVar
 
 from fathom.api import convert
 from fathom.api.backend import Backend, BackendUnavailable, ModelInfo, ReplicaReport
-from fathom.api.errors import as_api_error, deadline_exceeded, model_not_found
+from fathom.api.caller import LAST_EVENT_ID, Caller
+from fathom.api.errors import deadline_exceeded, model_not_found
+from fathom.api.journal import Journal
 from fathom.api.prompts import Tokenizer
-from fathom.api.responses import ChatDialect, Choice, CompletionDialect, Dialect, Style
+from fathom.api.records import Endpoint, Plan
+from fathom.api.responses import Choice, Dialect, Style
 from fathom.api.run import Run
 from fathom.api.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest
-from fathom.api.sse import DONE, event
+from fathom.api.streams import Streams, body_digest
 from fathom.api.usage import usage_body
 from fathom.observability.metrics import RequestTimer, ServerMetrics
-from fathom.types import Request
+from fathom.types import InvalidRequest, Request
 
 Answer = dict[str, Any] | AsyncGenerator[str, None]
 Result = TypeVar("Result")
@@ -27,6 +33,10 @@ Result = TypeVar("Result")
 
 class Service:
     """Serves one model over a backend.
+
+    Args:
+        journal: what keeps streams, if anything, and for how many seconds it does.
+        isolate_tenants: callers with different API keys share no KV blocks.
 
     Attributes:
         model_name: the name that clients ask for. metrics: what this service has measured.
@@ -39,19 +49,27 @@ class Service:
         tokenizer: Tokenizer,
         model_name: str,
         defaults: convert.Defaults,
+        journal: Journal | None = None,
+        keep_streams_s: float = 60.0,
+        isolate_tenants: bool = False,
     ) -> None:
         self.model_name = model_name
         self.metrics = ServerMetrics(model_name)
         self._backend = backend
         self._tokenizer = tokenizer
         self._defaults = defaults
+        self._isolate_tenants = isolate_tenants
+        self._streams = Streams(backend, tokenizer, self.metrics, journal, keep_streams_s)
         self._info: ModelInfo | None = None
         # One thread: long prompts do not stop the event loop, and the tokenizer is never shared.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
     async def reports(self) -> Sequence[ReplicaReport]:
         """The reports of all replicas that answer."""
-        return await self._backend.reports()
+        reports = await self._backend.reports()
+        if reports:  # replicas come and go: what is known of the model is what they say now
+            self._info = min((r.info for r in reports), key=lambda info: info.max_model_len)
+        return reports
 
     async def info(self) -> ModelInfo:
         """What is known of the model.
@@ -60,29 +78,34 @@ class Service:
             BackendUnavailable: if no replica has answered yet.
         """
         if self._info is None:
-            reports = await self._backend.reports()
-            if not reports:
-                raise BackendUnavailable("No engine is up yet; try again in a few seconds.")
-            self._info = reports[0].info
+            await self.reports()
+        if self._info is None:
+            raise BackendUnavailable("No engine is up yet; try again in a few seconds.")
         return self._info
 
-    async def chat(self, body: ChatCompletionRequest) -> Answer:
+    async def chat(self, body: ChatCompletionRequest, caller: Caller) -> Answer:
         """Answer a chat completion request: a body, or the events of a stream.
 
         Raises:
             ApiError, InvalidRequest, QueueFull, BackendUnavailable: before the first token.
         """
-        info = await self._check(body)
+        self._check(body, caller)
+        if (rest := await self._rest("chat", body, caller)) is not None:
+            return rest
+        info = await self.info()
         response_id = f"chatcmpl-{uuid.uuid4().hex}"
         request = await self._in_thread(
             lambda: convert.chat_request(body, response_id, self._tokenizer, info, self._defaults)
         )
         style = self._style(body, response_id, info, request, bool(body.logprobs))
-        return await self._answer(body, [request], ChatDialect(style))
+        return await self._answer("chat", body, caller, [request], style)
 
-    async def completion(self, body: CompletionRequest) -> Answer:
+    async def completion(self, body: CompletionRequest, caller: Caller) -> Answer:
         """Answer a completion request; see ``chat``."""
-        info = await self._check(body)
+        self._check(body, caller)
+        if (rest := await self._rest("completion", body, caller)) is not None:
+            return rest
+        info = await self.info()
         response_id = f"cmpl-{uuid.uuid4().hex}"
         requests = await self._in_thread(
             lambda: convert.completion_requests(
@@ -93,12 +116,40 @@ class Service:
         style = self._style(
             body, response_id, info, requests[0], body.logprobs is not None, echo=echo
         )
-        return await self._answer(body, requests, CompletionDialect(style))
+        return await self._answer("completion", body, caller, requests, style)
 
-    async def _check(self, body: GenerationRequest) -> ModelInfo:
+    async def stream(self, caller: Caller) -> Answer:
+        """The rest of the stream that ``caller.request_id`` names, for who has not its body.
+
+        Raises:
+            ApiError: see ``Streams.find`` and ``Streams.go_on``.
+        """
+        taken = await self._streams.find(caller, None)
+        assert taken is not None
+        return self._streams.go_on(taken, caller, self._fingerprint)
+
+    def _check(self, body: GenerationRequest, caller: Caller) -> None:
         if body.model != self.model_name:
             raise model_not_found(body.model)
-        return await self.info()
+        if caller.last_event_id is not None and not body.stream:
+            raise InvalidRequest(
+                f"{LAST_EVENT_ID} ({caller.last_event_id}) needs stream to be true: only a stream "
+                "can be gone on with.",
+                param=LAST_EVENT_ID,
+            )
+
+    async def _rest(
+        self, endpoint: Endpoint, body: GenerationRequest, caller: Caller
+    ) -> Answer | None:
+        """The rest of the stream that this request asks for again, if it does."""
+        if not body.stream:
+            return None
+        taken = await self._streams.find(caller, body_digest(endpoint, body))
+        return None if taken is None else self._streams.go_on(taken, caller, self._fingerprint)
+
+    @property
+    def _fingerprint(self) -> str:
+        return "" if self._info is None else fingerprint(self._info)
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
@@ -115,8 +166,7 @@ class Service:
         return Style(
             response_id=response_id,
             model=self.model_name,
-            fingerprint=f"fathom-{info.weights_digest[:16]}",
-            tokenizer=self._tokenizer,
+            fingerprint=fingerprint(info),
             logprobs=logprobs,
             depths=bool(body.depths),
             echo=echo,
@@ -130,18 +180,43 @@ class Service:
         return [self._tokenizer.decode(request.prompt_token_ids) for request in requests]
 
     async def _answer(
-        self, body: GenerationRequest, requests: Sequence[Request], dialect: Dialect
+        self,
+        endpoint: Endpoint,
+        body: GenerationRequest,
+        caller: Caller,
+        requests: Sequence[Request],
+        style: Style,
     ) -> Answer:
+        plan = Plan(
+            key=(caller.owner, caller.request_id),
+            body=body_digest(endpoint, body) if body.stream else b"",
+            endpoint=endpoint,
+            style=style,
+            requests=tuple(self._from(caller, request) for request in requests),
+            with_usage=bool(body.stream_options and body.stream_options.include_usage),
+            started=time.time(),
+        )
         prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
-        run = Run(self._backend, requests, RequestTimer(self.metrics, prompt_tokens))
+        run = Run(self._backend, plan.requests, RequestTimer(self.metrics, prompt_tokens))
         batches = run.batches()
         # Errors before the first token get an HTTP status of their own, in a stream too.
         first = await self._first(batches)
         if body.stream:
-            with_usage = bool(body.stream_options and body.stream_options.include_usage)
-            return _events(run, first, batches, dialect, with_usage)
+            return self._streams.begin(plan, run, batches, first)
         async with aclosing(batches):
-            return await _collect(run, first, batches, dialect)
+            return await _collect(run, first, batches, self._streams.dialect(plan))
+
+    def _from(self, caller: Caller, request: Request) -> Request:
+        """A request with what its caller adds, and a seed, so that it can go on elsewhere."""
+        sampling = request.sampling
+        if sampling.seed is None:
+            sampling = dataclasses.replace(sampling, seed=secrets.randbits(62))
+        salt = request.cache_salt
+        if self._isolate_tenants:
+            salt = f"{caller.tenant}:{salt}"
+        return dataclasses.replace(
+            request, sampling=sampling, session_id=caller.session_id, cache_salt=salt
+        )
 
     async def _first(self, batches: AsyncGenerator[list[Choice], None]) -> list[Choice]:
         """The first batch. The engine's deadline starts at admission, so the queue needs its own.
@@ -180,48 +255,6 @@ async def _collect(
     return dialect.envelope(entries, chunk=False, usage=usage_body(run.usages))
 
 
-async def _events(
-    run: Run,
-    first: list[Choice],
-    batches: AsyncGenerator[list[Choice], None],
-    dialect: Dialect,
-    with_usage: bool,
-) -> AsyncGenerator[str, None]:
-    """The events of a stream; an error after the first token becomes an event, then the end."""
-    opened: set[int] = set()
-    batch: list[Choice] | None = first
-
-    def chunk(entry: dict[str, Any]) -> str:
-        body = dialect.envelope([entry], chunk=True)
-        if with_usage:
-            body["usage"] = None
-        return event(body)
-
-    def opening(news: Choice) -> str:
-        if news.index in opened:
-            return ""
-        opened.add(news.index)
-        entry = dialect.opening(news)
-        return "" if entry is None else chunk(entry)
-
-    try:
-        async with aclosing(batches):
-            while batch is not None:
-                events = ""
-                for news in batch:
-                    events += opening(news)
-                    if _tells(news, dialect.detailed):
-                        events += chunk(dialect.delta(news))
-                if events:
-                    yield events
-                batch = await anext(batches, None)
-        if with_usage:
-            yield event(dialect.envelope([], chunk=True, usage=usage_body(run.usages)))
-    except Exception as error:
-        yield event(as_api_error(error).body())
-    yield DONE
-
-
-def _tells(news: Choice, detailed: bool) -> bool:
-    """Whether a chunk would say anything: text may be held back while tokens arrive."""
-    return bool(news.text) or news.finish_reason is not None or (detailed and bool(news.tokens))
+def fingerprint(info: ModelInfo) -> str:
+    """The ``system_fingerprint`` of a model's answers."""
+    return f"fathom-{info.weights_digest[:16]}"

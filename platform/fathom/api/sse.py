@@ -10,12 +10,18 @@ from typing import Any
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-DONE = "data: [DONE]\n\n"
+DONE = "[DONE]"
 
 
-def event(body: dict[str, Any]) -> str:
-    """One event; JSON escapes line ends, so one line always holds it."""
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+def event(data: dict[str, Any] | str, number: int | None = None) -> str:
+    """One event; JSON escapes line ends, so one line always holds it.
+
+    Args:
+        number: the event's id, by which a client that comes back names it; None for no id.
+    """
+    if not isinstance(data, str):
+        data = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {data}\n\n" if number is None else f"id: {number}\ndata: {data}\n\n"
 
 
 class EventStream(StreamingResponse):

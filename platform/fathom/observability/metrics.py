@@ -87,6 +87,13 @@ class ServerMetrics:
         )
         self.prompt_tokens = counter("fathom_prompt_tokens", "Prompt tokens of all requests.")
         self.generation_tokens = counter("fathom_generation_tokens", "Tokens generated.")
+        self.streams_resumed = counter(
+            "fathom_streams_resumed", "Streams whose clients came back for the rest."
+        )
+        self.journal_losses = counter(
+            "fathom_journal_losses",
+            "Times that the journal stopped answering, so that streams went on without it.",
+        )
         self._finished = Counter(
             "fathom_request_success",
             "Completions by the way they ended.",
