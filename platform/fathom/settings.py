@@ -50,11 +50,11 @@ def _member(kind: type[StrEnum], value: Any, name: str) -> StrEnum:
         raise ConfigError(f"{name} must be one of {', '.join(kind)}, got {value!r}.") from None
 
 
-def load_yaml(kind: type[Config], path: str | os.PathLike[str]) -> Config:
-    """Read a config dataclass from a YAML file.
+def read_yaml(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """Read a YAML file whose top level is a mapping; an empty file is an empty one.
 
     Raises:
-        ConfigError: for a file that is missing, is no YAML mapping, or has an unknown key.
+        ConfigError: for a file that is missing, or is no YAML mapping.
     """
     try:
         text = Path(path).read_text()
@@ -66,7 +66,16 @@ def load_yaml(kind: type[Config], path: str | os.PathLike[str]) -> Config:
         raise ConfigError(f"{path}: no valid YAML: {error}") from error
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path}: the top level must be a mapping, got {type(values).__name__}.")
-    return from_mapping(kind, values)
+    return values
+
+
+def load_yaml(kind: type[Config], path: str | os.PathLike[str]) -> Config:
+    """Read a config dataclass from a YAML file.
+
+    Raises:
+        ConfigError: for a file that is missing, is no YAML mapping, or has an unknown key.
+    """
+    return from_mapping(kind, read_yaml(path))
 
 
 def check_at_least(config: Any, names: Sequence[str], low: float, where: str = "") -> None:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from fathom.commands.options import (
@@ -15,14 +16,20 @@ from fathom.commands.options import (
     compute_values,
     engine_values,
 )
-from fathom.config import ServeConfig, load_yaml
+from fathom.config import ConfigError, ServeConfig, Topology, from_mapping
+from fathom.settings import read_yaml
+
+BUILDER = "deployments.app:build"
 
 _EXAMPLES = """\
   fathom serve                                  the default model at http://127.0.0.1:8000
   fathom serve --demo                           the same; asks it something and shows the depths
   fathom serve --config fused.yaml --port 9000  a file's settings; options override them
   FATHOM_API_KEY=secret fathom serve --host 0.0.0.0 --replicas 4 --threads 8
+  fathom serve --config deployments/disaggregated.yaml    a Ray Serve config file's application
+  fathom serve --shallow-replicas 2 --deep-replicas 1     the two stages in processes of their own
 
+With RAY_ADDRESS set, the server runs on that cluster; otherwise on this machine.
 --mode, --exit-threshold and the other depth options are what requests get that do not say.
 Without FATHOM_API_KEY (several keys: separated by commas) only loopback addresses are served.
 """
@@ -33,16 +40,27 @@ def add_parser(commands: Any) -> None:
     parser = add_command(
         commands, "serve", run, about="serve a model through Ray Serve", examples=_EXAMPLES
     )
-    parser.add_argument("--config", metavar="FILE", help="settings in YAML (see ServeConfig)")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="settings in YAML (see ServeConfig), or a Serve config file",
+    )
     parser.add_argument("--demo", action="store_true", help="stream one answer once it is up")
     server = parser.add_argument_group("server")
     server.add_argument("--host", help="address to bind (default: 127.0.0.1)")
     server.add_argument("--port", type=int, help="port to bind (default: 8000)")
     server.add_argument("--model-name", metavar="NAME", help="what clients ask for")
-    server.add_argument("--replicas", type=int, metavar="N", help="engine replicas (default: 1)")
+    server.add_argument("--replicas", type=int, metavar="N", help="fused replicas (default: 1)")
     server.add_argument(
         "--threads", type=int, metavar="N", help="CPU cores and threads of a replica (default: 1)"
     )
+    server.add_argument(
+        "--topology",
+        choices=[topology.value for topology in Topology],
+        help="both stages in every replica (fused, the default), or replicas for each",
+    )
+    server.add_argument("--shallow-replicas", type=int, metavar="N", help="disaggregated ones")
+    server.add_argument("--deep-replicas", type=int, metavar="N", help="disaggregated ones")
     add_compute_options(parser)
     add_engine_options(parser, threads=False)
 
@@ -53,24 +71,78 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
     Raises:
         ConfigError: for a file or a value that cannot be used.
     """
-    config = load_yaml(ServeConfig, args.config) if args.config else ServeConfig()
+    config = read_config(args.config) if args.config else ServeConfig()
     engine = engine_values(args)
     engine.pop("threads", None)  # a replica's threads follow from its cores
     compute = dataclasses.replace(config.engine.compute, **compute_values(args))
-    options = {
-        "host": args.host,
-        "port": args.port,
-        "model_name": args.model_name,
-        "num_replicas": args.replicas,
-        "cpus_per_replica": args.threads,
-    }
     config = dataclasses.replace(
         config,
         engine=dataclasses.replace(config.engine, compute=compute, **engine),
-        **{name: value for name, value in options.items() if value is not None},
+        shallow=dataclasses.replace(
+            config.shallow, **_given(num_replicas=args.shallow_replicas, cpus=args.threads)
+        ),
+        deep=dataclasses.replace(
+            config.deep, **_given(num_replicas=args.deep_replicas, cpus=args.threads)
+        ),
+        **_given(
+            host=args.host,
+            port=args.port,
+            model_name=args.model_name,
+            topology=_topology(args, config),
+            num_replicas=args.replicas,
+            cpus_per_replica=args.threads,
+        ),
     )
     config.validate()
     return config
+
+
+def read_config(path: str) -> ServeConfig:
+    """Settings from a file: ours, or the application's in a Ray Serve config file.
+
+    Where Serve's ``http_options`` say a host or a port, they win, as with ``serve run``.
+
+    Raises:
+        ConfigError: for a file that cannot be used.
+    """
+    values = read_yaml(path)
+    if "applications" not in values:
+        return from_mapping(ServeConfig, values)
+    applications = [each for each in values["applications"] if each.get("import_path") == BUILDER]
+    if len(applications) != 1:
+        raise ConfigError(
+            f"{path}: applications must have one with import_path: {BUILDER}, got "
+            f"{len(applications)}."
+        )
+    arguments: Mapping[str, Any] = applications[0].get("args") or {}
+    http = values.get("http_options") or {}
+    address = {name: http[name] for name in ("host", "port") if name in http}
+    return from_mapping(ServeConfig, {**arguments, **address})
+
+
+def _topology(args: argparse.Namespace, config: ServeConfig) -> Topology | None:
+    """The topology that the options ask for; None if they do not.
+
+    Raises:
+        ConfigError: if they contradict each other, or the file.
+    """
+    pools = [name for name in ("shallow", "deep") if getattr(args, f"{name}_replicas") is not None]
+    topology = Topology(args.topology) if args.topology else None
+    if pools and topology is None:
+        topology = Topology.DISAGGREGATED
+    chosen = topology or config.topology
+    if pools and chosen is Topology.FUSED:
+        raise ConfigError(f"--{pools[0]}-replicas goes with --topology disaggregated, got fused.")
+    if args.replicas is not None and chosen is Topology.DISAGGREGATED:
+        raise ConfigError(
+            "--replicas is the number of fused replicas; with topology disaggregated say "
+            f"--shallow-replicas and --deep-replicas, got --replicas {args.replicas}."
+        )
+    return topology
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def run(args: argparse.Namespace) -> int:
