@@ -14,7 +14,8 @@ Each process that holds a handle has a router of its own, and so has each ingres
 sessions, because the ring follows from the names of the replicas alone. Their memories of prefixes
 are their own: a prefix is then computed, or fetched from the KV store, once for each ingress at
 worst, and a replica serves it to both from then on. Each counts its own requests exactly and learns
-of the others' from what a replica reports with each request that it accepts.
+of the others' from what a replica reports with each request that it accepts. One that accepts
+nothing for some seconds (it hangs, and Serve's health check has not noticed yet) gets no more.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 
 import pytest
 from ray import serve
@@ -25,13 +25,13 @@ SESSIONS = [f"session {number}" for number in range(24)]
 
 
 class Echo:
-    """Says who it is, after as many seconds as a request allows."""
+    """Says who it is, and stays busy for as many seconds as a request allows."""
 
-    async def generate(self, request: Request) -> str:
+    async def generate(self, request: Request) -> AsyncGenerator[str, None]:
         if request.request_id == "die":
             os._exit(1)
+        yield self.report()
         await asyncio.sleep(request.timeout_s or 0)
-        return self.report()
 
     def report(self) -> str:
         return serve.get_replica_context().replica_id.unique_id
@@ -41,10 +41,11 @@ class Front:
     """Another process with a handle, and so with a router."""
 
     def __init__(self, echo: DeploymentHandle) -> None:
-        self._echo = echo
+        self._echo = echo.options(stream=True)
 
-    async def generate(self, request: Request) -> str:
-        return await self._echo.generate.remote(request)
+    async def generate(self, request: Request) -> AsyncGenerator[str, None]:
+        async for answer in self._echo.generate.remote(request):
+            yield answer
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +80,8 @@ def request(first: int, *, length: int = 10 * STEP, **fields) -> Request:
 
 def ask(handle: DeploymentHandle, *requests: Request) -> list[str]:
     """Ask for all at once; who answered."""
-    asked = [handle.generate.remote(each) for each in requests]
-    return [each.result(timeout_s=60) for each in asked]
+    asked = [handle.options(stream=True).generate.remote(each) for each in requests]
+    return [answer for stream in asked for answer in stream]
 
 
 def all_replicas(echo: DeploymentHandle) -> set[str]:
@@ -121,9 +122,8 @@ def test_a_replica_that_dies_is_asked_no_more(echo: DeploymentHandle) -> None:
     before = all_replicas(echo)
     homes = {session: ask(echo, request(5, session_id=session))[0] for session in SESSIONS}
     lost = homes[SESSIONS[0]]
-    dying = echo.generate.remote(request(5, request_id="die", session_id=SESSIONS[0]))
     with pytest.raises(RayActorError):
-        dying.result(timeout_s=60)
+        ask(echo, request(5, request_id="die", session_id=SESSIONS[0]))
     resumed = (Resumed(token_ids=(1, 2), depths=(4, 4)),)
     after = {
         session: ask(echo, request(5, session_id=session, resumed=resumed))[0]

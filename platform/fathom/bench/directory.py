@@ -135,7 +135,7 @@ def measure_shards(
         "fullest_over_mean": max(placed) * shards / sum(placed),
         "index_bytes_a_block": memory / held,
         "fill_blocks_per_cpu_s": sum(placed) / fill_s,
-        "gc_pause_ms": pause * 1000,
+        "gc_pause_ms": pause * 1000 / shards,
         "lookup": lookups,
         "miss": misses,
         "publish_and_evict": publishes,

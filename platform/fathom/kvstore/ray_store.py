@@ -148,6 +148,12 @@ class RayKVStore:
 
     def _place(self, keys: Sequence[BlockKey]) -> int:
         """The shard of a chain: all blocks of a prefix lie at one, found in one call."""
+        # By the first key, so chains with one system prompt share a shard, and about 1,000
+        # lookups/s is what it can do. A later key would spread them, but where chains part differs
+        # from one system prompt to the next, and a chain that grew beyond that key would be sought
+        # where its beginning is not. Clients that choose among copies would find less of what
+        # others published. A shard that is asked too much times out and is left alone: that
+        # costs hits, and a replica asks for no blocks that it has itself.
         return int.from_bytes(keys[0][:8], "little") % len(self._shards)
 
 

@@ -12,11 +12,15 @@ CHOSEN_FOR_S = 1.0
 """A request that was given to a replica counts for so long, until it is sent and counted so."""
 REPORT_FOR_S = 10.0
 """A replica's own figure holds for so long: other routers' requests end without our notice."""
+SILENT_AFTER_S = 5.0
+"""A replica that has answered nothing for so long, though it was asked, is one to avoid."""
 _AVOIDED = 1 << 30
 
 
 class _Replica:
-    """One replica. running: requests of ours; others: of other routers, by its last report."""
+    """One replica. running: requests of ours; others: of other routers, by its last report.
+    silent_at: when it will count as silent, if it answers nothing that it was asked.
+    """
 
     __slots__ = (
         "avoid_until",
@@ -26,18 +30,26 @@ class _Replica:
         "others",
         "others_until",
         "running",
+        "silent",
+        "silent_at",
         "version",
     )
 
     def __init__(self) -> None:
         self.running = self.others = self.load = self.version = 0
-        self.others_until = self.avoid_until = self.check_at = 0.0
+        self.others_until = self.avoid_until = self.silent_at = self.check_at = 0.0
+        self.silent = False
         self.chosen: deque[float] = deque()  # until when each counts
 
     def next_check(self) -> float:
         """When something of it expires next; 0 for never."""
-        times = (self.others_until, self.avoid_until, self.chosen[0] if self.chosen else 0.0)
+        times = [self.others_until, self.avoid_until, 0.0 if self.silent else self.silent_at]
+        times += list(self.chosen)[:1]
         return min(filter(None, times), default=0.0)
+
+    def answered(self) -> None:
+        """It is alive."""
+        self.silent, self.silent_at = False, 0.0
 
 
 class Loads:
@@ -98,6 +110,8 @@ class Loads:
                 replica.others, replica.others_until = 0, 0.0
             if replica.avoid_until <= now:
                 replica.avoid_until = 0.0
+            if replica.silent_at and replica.silent_at <= now:
+                replica.silent = True
             self._changed(name, replica)
 
     def chosen(self, name: str, now: float) -> None:
@@ -106,9 +120,10 @@ class Loads:
             replica.chosen.append(now + CHOSEN_FOR_S)
             self._changed(name, replica)
 
-    def started(self, name: str) -> None:
+    def started(self, name: str, now: float) -> None:
         """A request was sent."""
         if replica := self._replicas.get(name):
+            replica.silent_at = replica.silent_at or now + SILENT_AFTER_S
             if replica.chosen:
                 replica.chosen.popleft()
             replica.running += 1
@@ -116,13 +131,15 @@ class Loads:
 
     def ended(self, name: str) -> None:
         """A request that was sent is over, however it went."""
-        if (replica := self._replicas.get(name)) and replica.running:
-            replica.running -= 1
+        if replica := self._replicas.get(name):
+            replica.answered()
+            replica.running = max(0, replica.running - 1)
             self._changed(name, replica)
 
     def reported(self, name: str, requests: int, now: float) -> None:
         """A replica told how many requests it has, from whichever router."""
         if replica := self._replicas.get(name):
+            replica.answered()
             replica.others = max(0, requests - replica.running)
             replica.others_until = now + REPORT_FOR_S
             self._changed(name, replica)
@@ -176,7 +193,7 @@ class Loads:
         """Bring a replica's load, and what is kept of it, up to date."""
         self._count(replica, -1)
         replica.load = replica.running + len(replica.chosen) + replica.others
-        if replica.avoid_until:
+        if replica.avoid_until or replica.silent:
             replica.load += _AVOIDED
         self._count(replica, +1)
         replica.version = next(self._versions)

@@ -113,7 +113,7 @@ class RoutingPolicy:
 
     def started(self, replica: str) -> None:
         """A request was sent to a replica."""
-        self._loads.started(replica)
+        self._loads.started(replica, self._clock())
 
     def ended(self, replica: str) -> None:
         """A request that was sent to it is over, however it went."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fathom.routing.loads import CHOSEN_FOR_S, REPORT_FOR_S, Loads
+from fathom.routing.loads import CHOSEN_FOR_S, REPORT_FOR_S, SILENT_AFTER_S, Loads
 
 NAMES = ["a", "b", "c"]
 
@@ -19,9 +21,10 @@ class SlowLoads:
         self.chosen: dict[str, list[float]] = {}
         self.report: dict[str, tuple[int, float]] = {}
         self.avoid: dict[str, float] = {}
+        self.silent_at: dict[str, float] = {}
 
     def update(self, names: set[str]) -> None:
-        for kept in (self.running, self.chosen, self.report, self.avoid):
+        for kept in (self.running, self.chosen, self.report, self.avoid, self.silent_at):
             for name in set(kept) - names:
                 del kept[name]
         for name in names:
@@ -33,7 +36,8 @@ class SlowLoads:
         others, until = self.report.get(name, (0, 0.0))
         chosen = sum(until > now for until in self.chosen[name])
         total = self.running[name] + chosen + (others if until > now else 0)
-        return self.avoid.get(name, 0.0) > now, total
+        silent = self.silent_at.get(name, math.inf) <= now
+        return silent or self.avoid.get(name, 0.0) > now, total
 
 
 events = st.one_of(
@@ -64,18 +68,21 @@ def test_it_counts_what_a_slow_account_does(steps: list[tuple[str, str, int]]) -
             if name in slow.running:
                 slow.chosen[name].append(now + CHOSEN_FOR_S)
         elif event == "started":
-            loads.started(name)
+            loads.started(name, now)
             if name in slow.running:
                 slow.running[name] += 1
+                slow.silent_at.setdefault(name, now + SILENT_AFTER_S)
                 if slow.chosen[name]:
                     slow.chosen[name].pop(0)
         elif event == "ended":
             loads.ended(name)
             if name in slow.running:
+                slow.silent_at.pop(name, None)
                 slow.running[name] = max(0, slow.running[name] - 1)
         elif event == "reported":
             loads.reported(name, number, now)
             if name in slow.running:
+                slow.silent_at.pop(name, None)
                 others = max(0, number - slow.running[name])
                 slow.report[name] = others, now + REPORT_FOR_S
         else:
@@ -104,7 +111,7 @@ def test_of_equals_the_one_that_waited_longest_is_first() -> None:
     turns = []
     for _ in range(6):
         turns.append(loads.least())
-        loads.started(turns[-1])
+        loads.started(turns[-1], 0.0)
         loads.ended(turns[-1])
     assert sorted(turns[:3]) == NAMES
     assert turns[:3] == turns[3:]

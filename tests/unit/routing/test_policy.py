@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fathom.routing.loads import SILENT_AFTER_S
 from fathom.routing.policy import AVOID_FOR_S, Reason, RoutingConfig, RoutingPolicy
 from fathom.settings import ConfigError
 from fathom.types import Request, Resumed
@@ -180,6 +181,20 @@ def test_a_replica_that_cannot_be_reached_is_left_alone_for_a_while() -> None:
     for name in REPLICAS:
         routing.unreachable(name)
     assert send(routing, request("aaaabbbb", session_id=session)) in REPLICAS
+
+
+def test_a_replica_that_hangs_gets_no_more_until_it_answers() -> None:
+    clock = Clock()
+    routing = policy(clock)
+    home = send(routing, request("aaaabbbb"), over=False)
+    assert send(routing, request("aaaabbbb"), over=False) == home
+    clock.now += SILENT_AFTER_S
+    others = [send(routing, request("aaaabbbb")) for _ in range(20)]
+    assert home not in others
+    routing.reported(home, 2)
+    routing.ended(home)
+    clock.now += 1
+    assert home in {send(routing, None, over=False) for _ in range(10)}
 
 
 def test_requests_of_other_routers_count() -> None:
