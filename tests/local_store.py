@@ -1,12 +1,12 @@
-"""A KV store in this process: a shard's real directory, with blocks for references."""
+"""A KV store in this process, with the blocks themselves for references."""
 
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 
 from fathom.kvstore.keys import BlockKey
-from fathom.kvstore.shard import ShardIndex
 from fathom.kvstore.store import Block, BlocksGone
 
 
@@ -14,32 +14,40 @@ class LocalStore:
     """See ``fathom.kvstore.store.KVStore``.
 
     Attributes:
-        lose_fetches: found blocks cannot be had. lost_chains: first keys of chains that are not
-            found. fetched, published: blocks so far.
+        lose_fetches: found blocks cannot be had. fetched, published: blocks so far.
     """
 
     def __init__(self, budget_bytes: int = 1 << 30) -> None:
-        self._index: ShardIndex[list[Block]] = ShardIndex(budget_bytes)
+        self._budget = budget_bytes
+        self._blocks: OrderedDict[BlockKey, Block] = OrderedDict()
         self._lock = threading.Lock()
         self.lose_fetches = False
-        self.lost_chains: set[BlockKey] = set()
         self.fetched = self.published = 0
 
     def lookup(self, keys: Sequence[BlockKey]) -> LocalHits:
-        if self.lost_chains.intersection(keys[:1]):
-            return LocalHits(self, [])
         with self._lock:
-            pieces = self._index.lookup(keys)
-        return LocalHits(self, [block for blocks, count in pieces for block in blocks[:count]])
+            found = []
+            for key in keys:
+                if key not in self._blocks:
+                    break
+                self._blocks.move_to_end(key)
+                found.append(self._blocks[key])
+            return LocalHits(self, found)
 
     def publish(self, keys: Sequence[BlockKey], blocks: Sequence[Block]) -> None:
         with self._lock:
-            copies = [block.copy() for block in blocks]
-            for copy in copies:
-                copy.flags.writeable = False
-            self.published += self._index.publish(
-                keys, len(copies), copies[0].nbytes, lambda first, last: copies[first:last]
-            )
+            for key, block in zip(keys[-len(blocks) :], blocks, strict=True):
+                own = block.copy()
+                own.flags.writeable = False
+                self._blocks[key] = own
+                self.published += 1
+            while sum(block.nbytes for block in self._blocks.values()) > self._budget:
+                self._blocks.popitem(last=False)
+
+    def forget(self, keys: Sequence[BlockKey]) -> None:
+        """Lose blocks."""
+        for key in keys:
+            del self._blocks[key]
 
 
 class LocalHits:

@@ -136,6 +136,12 @@ def encode_beat() -> tuple[pa.RecordBatch, bytes]:
     return batch, _header(batch, beat=True)
 
 
+def encode_goodbye() -> tuple[pa.RecordBatch, bytes]:
+    """The server's last message: it closes, and clients had better go elsewhere."""
+    batch = _no_result()
+    return batch, _header(batch, goodbye=True)
+
+
 def encode_reply(reply: Reply) -> tuple[pa.RecordBatch, bytes]:
     """A record batch and its header."""
     result = reply.result
@@ -163,11 +169,13 @@ def decode_reply(batch: pa.RecordBatch, header: bytes, hello: Hello) -> Reply | 
     """Read what a server says; None for a sign of life.
 
     Raises:
-        ProtocolError: if it was changed on the way.
+        ProtocolError: if it was changed on the way, or is a goodbye.
     """
     fields = _read_header(batch, header)
     if "beat" in fields:
         return None
+    if "goodbye" in fields:
+        raise ProtocolError("the deep replica closes.")
     result = None
     if batch.num_rows:
         columns = {name: batch.column(name)[0] for name in REPLY_SCHEMA.names}

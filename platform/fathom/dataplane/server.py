@@ -35,6 +35,12 @@ MAX_IN_FLIGHT = 256
 BEAT_S = 1.0
 """Seconds without a reply after which a server gives a sign of life."""
 
+_CLOSE_S = 5.0
+_NO_STORE = "there is no KV store here"
+
+Message = tuple[pa.RecordBatch, bytes]
+"""A batch and its header."""
+
 
 class DeepServer:
     """Serves a deep stage on a port.
@@ -66,9 +72,10 @@ class DeepServer:
     ) -> None:
         scheme = "grpc" if tls is None else "grpc+tls"
         self._leases = Leases(hello.num_blocks)
+        self._exchanges: set[_Exchange] = set()
         self._server = _FlightServer(
             f"{scheme}://{host}:{port}",
-            _Deep(worker, hello, self._leases, costs, shared),
+            _Deep(worker, hello, self._leases, costs, shared, self._exchanges),
             middleware={"token": _TokenCheck(token)},
             tls_certificates=None if tls is None else [(tls.certificate, tls.key)],
         )
@@ -80,8 +87,13 @@ class DeepServer:
         return self._leases.free
 
     def close(self) -> None:
-        """Stop listening; exchanges under way break."""
-        self._server.shutdown()
+        """Stop listening, and tell clients to go elsewhere; what is under way is lost."""
+        for exchange in list(self._exchanges):
+            exchange.say_goodbye()
+        # Flight waits for every call to end; a client that hangs must not keep us.
+        shutdown = threading.Thread(target=self._server.shutdown, daemon=True)
+        shutdown.start()
+        shutdown.join(_CLOSE_S)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -93,6 +105,7 @@ class _Deep:
     leases: Leases
     costs: Sequence[tuple[int, float]]
     shared: SharedBlocks | None
+    exchanges: set[_Exchange]
 
 
 class _FlightServer(flight.FlightServerBase):
@@ -116,6 +129,7 @@ class _FlightServer(flight.FlightServerBase):
         except ProtocolError as error:
             raise flight.FlightServerError(str(error)) from error
         exchange = _Exchange(deep, hello, first)
+        deep.exchanges.add(exchange)
         try:
             writer.begin(messages.REPLY_SCHEMA)
             _write(writer, messages.encode_lease(Lease(hello.num_blocks, deep.costs)))
@@ -123,6 +137,7 @@ class _FlightServer(flight.FlightServerBase):
         except ProtocolError as error:
             raise flight.FlightServerError(str(error)) from error
         finally:
+            deep.exchanges.discard(exchange)
             exchange.wait()
             deep.leases.give_back(first, hello.num_blocks)
 
@@ -136,7 +151,7 @@ class _Exchange:
         self._first = first
         self._away: set[Future[Any]] = set()
         self._lock = threading.Lock()
-        self._outbox: queue.SimpleQueue[Callable[[], Reply] | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[Callable[[], Message] | None] = queue.SimpleQueue()
 
     def run(self, reader: Any, writer: Any) -> None:
         """Answer flushes until the client has no more.
@@ -163,6 +178,10 @@ class _Exchange:
             self._outbox.put(None)
             replying.join()
 
+    def say_goodbye(self) -> None:
+        """Tell the client that this end closes."""
+        self._outbox.put(_goodbye)
+
     def wait(self) -> None:
         """Wait until nothing of this client is under way: its blocks can go to another then."""
         with self._lock:
@@ -181,7 +200,7 @@ class _Exchange:
         self._track(work)
         if flush.load is None:
             work.add_done_callback(
-                lambda done: self._outbox.put(lambda: _reply_of(flush.number, done))
+                lambda done: self._outbox.put(lambda: _answered(flush.number, done))
             )
         else:
             load = flush.load
@@ -212,7 +231,7 @@ class _Exchange:
         """Load blocks beside the passes: nobody else looks at them."""
         shared = self._deep.shared
         if shared is None:
-            self._outbox.put(lambda: Reply(number, None, "there is no KV store here"))
+            self._outbox.put(lambda: messages.encode_reply(Reply(number, None, _NO_STORE)))
             return
         loaded = shared.load(self._own_blocks(load.blocks), load.keys)
         self._track(loaded)
@@ -234,29 +253,34 @@ class _Exchange:
             else:
                 if made is None:
                     return
-                message = messages.encode_reply(made())
+                message = made()
             try:
                 _write(writer, message)
             except (pa.ArrowException, OSError):
                 return  # nobody listens any more
 
 
-def _reply_of(number: int, done: Future[Work]) -> Reply:
+def _answered(number: int, done: Future[Work]) -> Message:
     error = done.exception()
     if error is not None:
-        return Reply(number, None, f"{type(error).__name__}: {error}")
+        return messages.encode_reply(Reply(number, None, f"{type(error).__name__}: {error}"))
     work = done.result()
-    return Reply(number, work.result, pass_s=work.pass_s, queue_s=work.queue_s)
+    reply = Reply(number, work.result, pass_s=work.pass_s, queue_s=work.queue_s)
+    return messages.encode_reply(reply)
 
 
-def _loaded(number: int, done: Future[int]) -> Reply:
+def _loaded(number: int, done: Future[int]) -> Message:
     error = None if done.cancelled() else done.exception()
     if done.cancelled() or error is not None:
-        return Reply(number, None, f"loading failed: {error}")
-    return Reply(number, None, loaded=done.result())
+        return messages.encode_reply(Reply(number, None, f"loading failed: {error}"))
+    return messages.encode_reply(Reply(number, None, loaded=done.result()))
 
 
-def _write(writer: Any, message: tuple[pa.RecordBatch, bytes]) -> None:
+def _goodbye() -> Message:
+    return messages.encode_goodbye()
+
+
+def _write(writer: Any, message: Message) -> None:
     batch, header = message
     writer.write_with_metadata(batch, header)
 

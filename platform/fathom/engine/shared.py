@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import threading
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ import torch
 from fathom.attention.pool import KVPool
 from fathom.kvstore.keys import BlockKey
 from fathom.kvstore.store import Block, BlocksGone, KVStore
+
+_log = logging.getLogger(__name__)
 
 _MAX_QUEUED = 64
 """Publications that may wait for the store; more are dropped: they cost hits, nothing else."""
@@ -87,14 +90,20 @@ class SharedBlocks:
 
     def _load(self, blocks: list[int], keys: list[BlockKey], states: torch.Tensor | None) -> int:
         """How many blocks were filled. Whatever goes wrong in the store is a miss."""
+        try:
+            return self._fill(blocks, keys, states)
+        except BlocksGone:
+            return 0
+        except Exception:
+            _log.exception("the KV store fails; blocks are computed")
+            return 0
+
+    def _fill(self, blocks: list[int], keys: list[BlockKey], states: torch.Tensor | None) -> int:
         first = len(keys) - len(blocks)
         hits = self._store.lookup(keys)
         if len(hits) <= first:
             return 0
-        try:
-            found = hits.fetch(first)
-        except BlocksGone:
-            return 0
+        found = hits.fetch(first)
         size, split = self._pool.block_size, self._pool.bytes_a_block
         for index, content in enumerate(found):
             self._pool.write_block(blocks[index], content[:split])
@@ -106,8 +115,12 @@ class SharedBlocks:
 
     def _publish(self) -> None:
         while (job := self._queue.get()) is not None:
-            self._store.publish(*job)
-            self.published += len(job[1])
+            try:
+                self._store.publish(*job)
+            except Exception:
+                _log.exception("the KV store fails; blocks are not shared")
+            else:
+                self.published += len(job[1])
 
 
 def _bytes_of(states: torch.Tensor) -> Block:

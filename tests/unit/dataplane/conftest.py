@@ -14,6 +14,7 @@ from fathom.dataplane.server import DeepServer
 from fathom.dataplane.worker import DeepWorker
 from fathom.engine.deep import LocalDeepStage
 from fathom.engine.engine import Engine
+from fathom.kvstore.store import KVStore
 from fathom.models.adapters import Adapter
 from fathom.models.decoder import Decoder
 from tests.unit.engine.conftest import (
@@ -54,7 +55,9 @@ class Deep:
         self.hello = hello_of(local)
         self.stage = local._stage
         self.worker = DeepWorker(local._stage, max_rows)
-        self.server = DeepServer(self.worker, self.hello, token=TOKEN, **options)
+        self.server = DeepServer(
+            self.worker, self.hello, token=TOKEN, shared=local._shared, **options
+        )
 
     def connect(self, **options) -> RemoteDeepStage:
         hello = options.pop("hello", self.hello)
@@ -72,13 +75,19 @@ def make_engine(decoder: Decoder, model_dir: Path) -> Iterator[Callable[..., Eng
     opened: list[Deep] = []
     clients: list[RemoteDeepStage] = []
 
-    def make(num_blocks: int = 256, wrap_deep=None, trained: Adapter | None = None, **fields):
+    def make(
+        num_blocks: int = 256,
+        wrap_deep=None,
+        trained: Adapter | None = None,
+        store: KVStore | None = None,
+        **fields,
+    ):
         def remote(local: LocalDeepStage):
             opened.append(Deep(local))
             clients.append(opened[-1].connect())
             return wrap_deep(clients[-1]) if wrap_deep else clients[-1]
 
-        return make_engine_of(decoder, model_dir, num_blocks, remote, trained, **fields)
+        return make_engine_of(decoder, model_dir, num_blocks, remote, trained, store, **fields)
 
     yield make
     for client in clients:

@@ -192,6 +192,16 @@ def test_what_is_away_when_the_peer_dies_fails(deep) -> None:
         assert answer.exception() is None or isinstance(answer.exception(), DeepLost)
 
 
+def test_a_deep_replica_that_closes_sends_its_clients_away(deep) -> None:
+    client = deep.connect()
+    flush_one(client, 0, states(deep, 3)).result(timeout=10)
+    start = time.monotonic()
+    deep.server.close()
+    assert time.monotonic() - start < 4
+    with pytest.raises(DeepLost, match="the deep replica closes"):
+        flush_one(client, 1, states(deep, 3)).result(timeout=10)
+
+
 def test_leases_are_ranges_that_come_back_whole() -> None:
     leases = Leases(10)
     first, second, third = leases.take(4), leases.take(4), leases.take(2)

@@ -13,6 +13,7 @@ import transformers
 from fathom.config import EngineConfig
 from fathom.engine.build import assemble
 from fathom.engine.engine import Engine
+from fathom.kvstore.store import KVStore
 from fathom.models.adapters import Adapter
 from fathom.models.decoder import Decoder
 from fathom.models.heads import build_exit_head
@@ -64,15 +65,16 @@ MakeEngine = Callable[..., Engine]
 
 @pytest.fixture(scope="session")
 def make_engine(decoder: Decoder, model_dir: Path) -> MakeEngine:
-    """Builds an engine; keywords are EngineConfig fields, num_blocks, wrap_deep, or trained."""
+    """Builds an engine; keywords are EngineConfig's fields, or those below."""
 
     def make(
         num_blocks: int = 256,
         wrap_deep=lambda deep: deep,
         trained: Adapter | None = None,
+        store: KVStore | None = None,
         **fields,
     ) -> Engine:
-        return make_engine_of(decoder, model_dir, num_blocks, wrap_deep, trained, **fields)
+        return make_engine_of(decoder, model_dir, num_blocks, wrap_deep, trained, store, **fields)
 
     return make
 
@@ -83,6 +85,7 @@ def make_engine_of(
     num_blocks: int,
     wrap_deep=lambda d: d,
     trained: Adapter | None = None,
+    store: KVStore | None = None,
     **fields,
 ) -> Engine:
     config = EngineConfig(
@@ -102,6 +105,7 @@ def make_engine_of(
         weights_digest="tiny",
         adapter=trained,
         wrap_deep=wrap_deep,
+        store=store,
     )
 
 
