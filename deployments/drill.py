@@ -18,7 +18,7 @@ from ray.serve.context import _get_global_client
 
 from deployments.peers import Endpoint
 from deployments.shared import open_store
-from fathom.config import ServeConfig, Topology
+from fathom.config import Placement, ServeConfig, Topology
 from fathom.drills.killer import Victim
 from fathom.drills.leaks import Held, held_by_engines, read_metrics
 from fathom.drills.plan import kinds_of
@@ -132,13 +132,15 @@ class Application:
             if each["pid"] and _lives(each["pid"])
         ]
 
-    def _actors(self, prefix: str, older_than_s: float = 0.0) -> list[Victim]:
+    def _actors(self, prefix: str, *, kind: str = "", older_than_s: float = 0.0) -> list[Victim]:
+        """Actors that live, by the beginning of their name, and by their class if it is given."""
         now = time.time()
         return [
-            Victim(each["Name"], each["Pid"])
+            Victim(each["Name"] or f"{kind} {each['ActorID']}", each["Pid"])
             for each in gcs.actor_table(None, None, "ALIVE").values()
-            if each["Name"].startswith(prefix) and each["Address"]["NodeID"] == self._node
-            if _lives(each["Pid"]) and now - each["Timestamp"] / 1e3 >= older_than_s
+            if each["Name"].startswith(prefix) and kind in ("", each["ActorClassName"])
+            if each["Address"]["NodeID"] == self._node and _lives(each["Pid"])
+            if now - each["Timestamp"] / 1e3 >= older_than_s
         ]
 
     def _present(self, kind: str) -> list[Victim]:
@@ -146,14 +148,17 @@ class Application:
             return self._actors(f"journal-of-{self._name}", older_than_s=_SETTLED_S)
         if kind == "directory":
             return self._actors(f"kv-store-of-{self._name}-")
+        if kind == "deep" and self._config.placement is Placement.BESIDE:
+            return self._actors("", kind="DeepActor")
         return self._replicas(REPLICAS[kind])
 
     def _wanted(self, kind: str) -> int:
         """Processes of a kind that there are when nothing has gone wrong."""
         config = self._config
+        beside = config.placement is Placement.BESIDE
         return {
             "ingress": config.num_ingress_replicas,
-            "deep": config.deep.fewest,
+            "deep": (config.shallow if beside else config.deep).fewest,
             "directory": config.store_shards,
             "journal": 1,
         }.get(kind, config.serving.fewest)
@@ -164,18 +169,19 @@ class Application:
         """Leases beyond one for each live shallow replica, and deep replicas that are silent."""
         if self._config.topology is not Topology.DISAGGREGATED:
             return 0, 0
-        wanted = self._config.deep.num_replicas
+        # With a deep replica beside each shallow one, that one speaks for it.
+        speaker = REPLICAS["shallow" if self._config.placement is Placement.BESIDE else "deep"]
         endpoints: Sequence[Any] = ()
         with suppress(RayError, TimeoutError):
             endpoints = (
-                serve.get_deployment_handle("Deep", self._name)
+                serve.get_deployment_handle(speaker, self._name)
                 .broadcast("endpoint")
                 .results(timeout_s=_ASK_S, return_exceptions=True)
             )
         found = [each for each in endpoints if isinstance(each, Endpoint)]
         taken = sum(self._config.leases - each.free_leases for each in found)
-        spare = taken - len(self._replicas("Shallow"))
-        return max(0, spare), max(0, wanted - len(found))
+        spare = taken - len(self._present("shallow"))
+        return max(0, spare), max(0, self._wanted("deep") - len(found))
 
     def _objects(self) -> int:
         """Objects in Ray's store that the KV store does not list."""
