@@ -170,23 +170,25 @@ class Trainer:
 
     def _next_batch(self) -> Batch:
         progress = self.progress
-        if self._groups_epoch == progress.epoch and progress.position * self._world >= len(
-            self._groups
-        ):
+        groups = self._groups_of(progress.epoch)
+        if progress.position * self._world >= len(groups):
             progress.epoch, progress.position = progress.epoch + 1, 0
-        if self._groups_epoch != progress.epoch:
-            self._groups_epoch = progress.epoch
+            groups = self._groups_of(progress.epoch)
+        # Workers take turns; at the end of an epoch some start over at the front.
+        group = groups[(progress.position * self._world + self._rank) % len(groups)]
+        progress.position += 1
+        return Batch.of([self._examples[index] for index in group]).to(self._device)
+
+    def _groups_of(self, epoch: int) -> list[list[int]]:
+        if self._groups_epoch != epoch:
+            self._groups_epoch = epoch
             self._groups = groups_of_epoch(
                 self._examples,
                 max_tokens=self.settings.batch_tokens,
                 seed=self.settings.seed,
-                epoch=progress.epoch,
+                epoch=epoch,
             )
-        # Workers take turns; at the end of an epoch some start over at the front.
-        place = (progress.position * self._world + self._rank) % len(self._groups)
-        group = self._groups[place]
-        progress.position += 1
-        return Batch.of([self._examples[index] for index in group]).to(self._device)
+        return self._groups
 
     # Checkpoints
 

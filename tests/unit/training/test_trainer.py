@@ -73,6 +73,22 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
         assert torch.equal(parameter, whole.model.trained()[name]), name
 
 
+def test_a_run_killed_between_two_epochs_goes_on(base, examples, tmp_path: Path) -> None:
+    settings = {"batch_tokens": 1024, "steps": 6}
+    (tmp_path / "cut").mkdir()
+    whole = trainer_of(copy.deepcopy(base), examples, tmp_path, EXIT, **settings)
+    first = trainer_of(copy.deepcopy(base), examples, tmp_path / "cut", EXIT, **settings)
+    whole.run(show=False)
+    first.step()
+    while first.progress.position < len(first._groups):
+        first.step()
+    assert first.progress.step < 6
+    first.save()
+    second = trainer_of(copy.deepcopy(base), examples, tmp_path / "cut", EXIT, **settings)
+    second.run(show=False)
+    assert second.progress == whole.progress
+
+
 def test_a_checkpoint_of_other_settings_is_refused(base, examples, tmp_path: Path) -> None:
     trainer_of(copy.deepcopy(base), examples, tmp_path, EXIT).save()
     other = trainer_of(base, examples, tmp_path, EXIT, learning_rate=1e-4)
