@@ -19,6 +19,7 @@ from ray import serve
 from ray.experimental import internal_kv
 
 from deployments.certificates import Authority, issue, make_authority
+from deployments.journal import stop_journal
 from fathom.config import ConfigError, DataPlaneConfig, ServeConfig
 from fathom.dataplane.protocol import Tls
 from fathom.kvstore.ray_store import NAMESPACE, RayKVStore, start_store, stop_store
@@ -92,7 +93,8 @@ def open_store(config: ServeConfig, application: str) -> RayKVStore | None:
 
 
 def end(application: str) -> None:
-    """End what the application's replicas shared: its KV store and its credentials."""
+    """End what the application's replicas shared: KV store, journal of streams, credentials."""
+    stop_journal(application)
     prefix = f"{_store_name(application)}-"
     actors = ray.util.list_named_actors(all_namespaces=True)
     names = [each["name"] for each in actors if each["namespace"] == NAMESPACE]
