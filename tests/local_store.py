@@ -30,8 +30,8 @@ class LocalStore:
             for key in keys:
                 if key not in self._blocks:
                     break
-                self._blocks.move_to_end(key)
                 found.append(self._blocks[key])
+            self._touch(keys[: len(found)])
             return LocalHits(self, found)
 
     def publish(self, keys: Sequence[BlockKey], blocks: Sequence[Block]) -> None:
@@ -41,8 +41,14 @@ class LocalStore:
                 own.flags.writeable = False
                 self._blocks[key] = own
                 self.published += 1
+            self._touch([key for key in keys if key in self._blocks])
             while sum(block.nbytes for block in self._blocks.values()) > self._budget:
                 self._blocks.popitem(last=False)
+
+    def _touch(self, keys: Sequence[BlockKey]) -> None:
+        """Mark as used, the first of a chain last: without it the others cannot be found."""
+        for key in reversed(keys):
+            self._blocks.move_to_end(key)
 
     def forget(self, keys: Sequence[BlockKey]) -> None:
         """Lose blocks."""

@@ -11,7 +11,7 @@ import ray
 
 from fathom.kvstore.keys import KeyRoot, extend_keys
 from fathom.kvstore.ray_store import RayKVStore, start_store, stop_store
-from fathom.kvstore.store import BlocksGone, states_key
+from fathom.kvstore.store import BlocksGone
 from tests.ray_fixtures import TestServer
 
 BLOCK = 4
@@ -76,7 +76,6 @@ def test_later_blocks_of_a_chain_are_published_alone(store: RayKVStore) -> None:
     store.publish(keys, [block(2), block(3)])
     until(lambda: len(store.lookup(keys)) == 4)
     assert np.array_equal(store.lookup(keys).fetch()[3], block(3))
-    assert states_key(keys[0]) not in keys
 
 
 def test_blocks_outlive_who_published_them(store: RayKVStore) -> None:

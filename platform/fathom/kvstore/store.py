@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,8 +12,9 @@ from numpy.typing import NDArray
 from fathom.kvstore.keys import BlockKey
 
 Block = NDArray[np.uint8]
-"""Keys and values of one block in all layers of a stage, or its exit states: raw bytes, in an order
-that the key's root fixes. Blocks that a store gives out are read-only."""
+"""Keys and values of one block in all layers of a stage, then, for a shallow stage, the exit states of
+its rows: raw bytes, in an order that the key's root fixes. Blocks that a store gives out are
+read-only."""
 
 
 class BlocksGone(LookupError):
@@ -81,8 +81,3 @@ class StoreStats:
             self.evicted + other.evicted,
             self.objects + other.objects,
         )
-
-
-def states_key(key: BlockKey) -> BlockKey:
-    """Under which the exit states of a block's rows lie, beside its keys and values."""
-    return hashlib.blake2b(key + b"exit states", digest_size=16).digest()

@@ -95,7 +95,7 @@ def test_without_its_deep_blocks_a_prefix_goes_to_the_deep_stage_as_states(
     first = make_engine(store=store)
     run_one(first, request("a", LONG, FULL))
     settle(store)
-    store.lost_chains.add(_deep_chain(first, LONG)[0])
+    store.forget(_deep_chain(first, LONG))
     second = make_engine(store=store)
     found = run_one(second, request("a", LONG, FULL))
     assert found.ids == run_one(alone, request("a", LONG, FULL)).ids
