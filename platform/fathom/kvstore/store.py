@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from fathom.kvstore.keys import BlockKey
 
 Block = NDArray[np.uint8]
-"""Keys and values of one block in all layers of a stage, then, for a shallow stage, the exit states of
-its rows: raw bytes, in an order that the key's root fixes. Blocks that a store gives out are
-read-only."""
+"""Keys and values of one block in all layers of a stage, then, for a shallow stage, the exit
+states of its rows: raw bytes, in an order that the key's root fixes. Blocks that a store gives out
+are read-only."""
 
 
 class BlocksGone(LookupError):

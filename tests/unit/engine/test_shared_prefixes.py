@@ -133,7 +133,7 @@ def test_random_requests_over_three_engines(make_engine, budget: int, num_blocks
         for engine in engines:
             found.update(drain(engine))
     assert ids(found) == ids(run(reference, requests))
-    assert sum(engine.stats()["kv_store_hits"] for engine in engines) > 0
+    assert budget < 1 << 30 or sum(engine.stats()["kv_store_hits"] for engine in engines) > 0
 
 
 def test_layers_of_the_shallow_path_alone_are_shared_too(
