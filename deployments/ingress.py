@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from fastapi import FastAPI
@@ -10,6 +11,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.handle_backend import HandleBackend
 from deployments.journal import RayJournal
+from deployments.shared import end_if_deleted
 from fathom.api.app import create_app
 from fathom.api.convert import Defaults
 from fathom.api.service import Service
@@ -59,7 +61,9 @@ class Ingress:
             echo_request_id=False,  # Serve's proxy does
         )
 
-    def __del__(self) -> None:
+    async def __del__(self) -> None:
+        # Serve calls this after it has let the streams under way finish.
         journal = getattr(self, "_journal", None)
         if journal is not None:
             journal.close()
+            await asyncio.to_thread(end_if_deleted, journal.application)

@@ -84,10 +84,13 @@ class RayJournal:
     Args:
         application: whose journal it is; started if there is none.
         keep_s: seconds for which it keeps streams.
+
+    Attributes:
+        application: as above.
     """
 
     def __init__(self, application: str, *, keep_s: float) -> None:
-        self._name = _name(application)
+        self.application = application
         self._keep_s = keep_s
         self._ended = False
         self._wake = threading.Event()
@@ -138,7 +141,7 @@ class RayJournal:
     def _find(self) -> Any:
         actor: Any = ray.remote(JournalActor)
         return actor.options(
-            name=self._name,
+            name=_name(self.application),
             namespace=NAMESPACE,
             lifetime="detached",
             get_if_exists=True,

@@ -10,7 +10,7 @@ import codecs
 import random
 from collections.abc import AsyncGenerator, Sequence
 
-from fathom.api.backend import ModelInfo, ReplicaReport
+from fathom.api.backend import BackendUnavailable, ModelInfo, ReplicaReport
 from fathom.engine.text import TextStream
 from fathom.types import FinishReason, Request, RequestOutput, Resumed, Token, Usage
 
@@ -37,8 +37,9 @@ class ScriptedEngine:
     """A backend (see ``fathom.api.backend.Backend``).
 
     Attributes:
-        running: ids of requests under way.
+        info: of the model. running: ids of requests under way.
         requests: all that were made, in order.
+        fails_after: pieces of a request after which no engine is left; None never fails.
     """
 
     def __init__(self, pieces: int, pause_s: float = 0.0) -> None:
@@ -46,9 +47,11 @@ class ScriptedEngine:
         self._pause_s = pause_s
         self.running: set[str] = set()
         self.requests: list[Request] = []
+        self.info = INFO
+        self.fails_after: int | None = None
 
     async def reports(self) -> Sequence[ReplicaReport]:
-        return [ReplicaReport(replica="scripted", info=INFO)]
+        return [ReplicaReport(replica="scripted", info=self.info)]
 
     async def generate(self, request: Request) -> AsyncGenerator[list[RequestOutput], None]:
         assert request.request_id not in self.running, "ids are unique among live requests"
@@ -60,8 +63,12 @@ class ScriptedEngine:
             open_ones = [
                 Completion(request, i, each) for i, each in enumerate(resumed) if not each.finished
             ]
+            count = 0
             while open_ones:
                 await asyncio.sleep(self._pause_s)
+                if count == self.fails_after:
+                    raise BackendUnavailable("The engine's replica has stopped.")
+                count += 1
                 chosen = self._pieces.sample(open_ones, self._pieces.randint(1, len(open_ones)))
                 batch = [each.step(self._pieces.randint(1, 3)) for each in chosen]
                 yield [out for out in batch if out.tokens or out.finish_reason is not None]

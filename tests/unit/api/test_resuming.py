@@ -9,15 +9,18 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fathom.api.caller import Caller
 from fathom.api.convert import Defaults
 from fathom.api.journal import Answer, Entry, JournalLost, MemoryJournal, NotTaken, Taken
+from fathom.api.local import LocalBackend
 from fathom.api.records import StreamKey
 from fathom.api.schemas import ChatCompletionRequest, CompletionRequest
 from fathom.api.service import Service
+from fathom.engine.async_engine import AsyncEngine
 from fathom.models.tokenizer import Tokenizer
 from fathom.types import ComputePolicy
 from tests.unit.api.scripted import ScriptedEngine
@@ -77,7 +80,7 @@ class FlakyJournal:
 
 
 def make_service(
-    engine: ScriptedEngine, tokenizer: Tokenizer, journal: FlakyJournal | None, **more: Any
+    engine: Any, tokenizer: Tokenizer, journal: FlakyJournal | None, **more: Any
 ) -> Service:
     service = Service(
         backend=engine,
@@ -196,7 +199,7 @@ cuts = st.lists(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     name=st.sampled_from(sorted(BODIES)),
     seed=st.integers(0, 1000),
@@ -277,3 +280,49 @@ async def lose(journal: FlakyJournal, how: str, service: Service) -> None:
         scribe._is_due(log)
     while not len(journal.memory):
         await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        {"mode": "full"},
+        {"mode": "exact", "policy": "always"},
+        {"mode": "rollback", "policy": "threshold", "exit_threshold": 0.3},
+        {"mode": "free", "policy": "forced", "forced_exit_rate": 0.5, "max_stack": 3},
+        {"mode": "copy", "policy": "forced", "forced_exit_rate": 0.5},
+    ],
+    ids=lambda compute: str(compute["mode"]),
+)
+@pytest.mark.parametrize("events", [1, 9])
+def test_the_engine_goes_on_where_it_was(
+    engine: AsyncEngine, tokenizer: Tokenizer, compute: dict[str, Any], events: int
+) -> None:
+    """Drawn tokens, text of half characters held back, two completions a prompt."""
+    body = {
+        **TEXT, "max_tokens": 30, "temperature": 1.0, "seed": 3, "depths": True, "ignore_eos": True,
+        "compute": compute, "logprobs": 1,
+    }  # fmt: skip
+    backend = LocalBackend(engine, interval_s=0.0)
+
+    async def run() -> None:
+        whole = make_service(backend, tokenizer, None)
+        text = "".join([t async for t in await ask(whole, body, Caller(request_id="r"))])
+        journal = FlakyJournal()
+        client = Client(body)
+        while not client.done:
+            service = make_service(backend, tokenizer, journal)
+            async with client.connect(service, len(client.seen) or None) as numbers:
+                left = events
+                async for _ in numbers:
+                    left -= 1
+                    if not left:
+                        break
+        expected, answer = join([data for _, data in parse(text)]), client.answer()
+        usage = answer.pop("usage")
+        assert usage["completion_tokens"] == expected.pop("usage")["completion_tokens"] == 120
+        assert usage["compute"]["decided"] == 120
+        for choice in (*expected.values(), *answer.values()):
+            choice.pop("logprobs")  # rounded otherwise in other batches
+        assert answer == expected
+
+    asyncio.run(run())
