@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from deployments.watch import caller_name
 from fathom.api.backend import BackendUnavailable, QueueFull, ReplicaReport
+from fathom.api.resume import GIVE_UP_S, ReplicaLost, resuming
 from fathom.types import InvalidRequest, Request, RequestOutput
 
 REPORT_TIMEOUT_S = 5.0
 RETRY_AFTER_S = 2
+
+# What a call raises when its replica dies (ActorDiedError, within 30 ms of a SIGKILL, before the
+# first item and between items alike), is out of reach, or takes its node and the items on it along.
+# A call that no replica has taken waits for one in Serve's router, and raises nothing. A call that
+# was cancelled (TaskCancelledError) was cancelled by us: no loss.
+_LOSSES = (
+    RayActorError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+    NodeDiedError,
+    ObjectLostError,
+    WorkerCrashedError,
+)
 
 
 class HandleBackend:
@@ -23,45 +45,77 @@ class HandleBackend:
         limit: requests under way at once, waiting ones included; more are refused. Counted here
             and not by Serve: its ``broadcast`` waits for a free slot of each replica, so replicas
             that are full by Serve's count would fall silent in ``/metrics`` and ``/ready``.
+        give_up_s: seconds after the loss of a replica in which no other goes on with a request.
+
+    Attributes:
+        on_resumption: called when a request has gone on at another replica.
     """
 
-    def __init__(self, handle: DeploymentHandle, *, limit: int) -> None:
+    def __init__(
+        self, handle: DeploymentHandle, *, limit: int, give_up_s: float = GIVE_UP_S
+    ) -> None:
         self._handle = handle
         self._streaming: Any = handle.options(stream=True)
         self._limit = limit
+        self._give_up_s = give_up_s
+        self._name = caller_name()
         self._live = 0
+        self.on_resumption: Callable[[], None] = lambda: None
 
     async def generate(self, request: Request) -> AsyncGenerator[list[RequestOutput], None]:
-        """See ``Backend.generate``."""
+        """See ``Backend.generate``. A request whose replica is lost goes on at another one.
+
+        Serve's router avoids a replica that has just failed by itself.
+        """
         if self._live >= self._limit:
             raise QueueFull(
                 f"The server has {self._live} requests under way, its limit; try again later.",
                 retry_after_s=RETRY_AFTER_S,
             )
         self._live += 1
-        stream = self._streaming.generate.remote(request)
+        try:
+            news = resuming(
+                request,
+                self._attempt,
+                give_up_s=self._give_up_s,
+                on_resumption=lambda: self.on_resumption(),
+            )
+            async with aclosing(news) as batches:
+                async for batch in batches:
+                    yield batch
+        finally:
+            self._live -= 1
+
+    async def _attempt(self, request: Request) -> AsyncGenerator[list[RequestOutput], None]:
+        """Run a request at one replica.
+
+        Raises:
+            ReplicaLost: if the replica dies, cannot be reached, or has an engine that has stopped.
+        """
+        stream = None
         ended = False
         try:
+            stream = self._streaming.generate.remote(request, caller=self._name)
             async for item in stream:
                 if isinstance(item, InvalidRequest):
                     ended = True
                     raise item
                 yield item
             ended = True
-        except (RayActorError, DeploymentUnavailableError) as error:
-            ended = True
-            raise BackendUnavailable("The engine's replica has stopped; try again.") from error
+        except _LOSSES as error:
+            # Also a replica that is only out of reach is told to stop, below.
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise ReplicaLost(reason or type(error).__name__) from error
         except RayTaskError as error:
             ended = True
             # Ray's wrapper would show the replica's traceback as the message.
             if isinstance(error.cause, BackendUnavailable):
-                raise error.cause from None
+                raise ReplicaLost(str(error.cause).rstrip(".")) from error.cause
             raise
         finally:
-            self._live -= 1
             # Serve cancels the calls of a request whose client went away, but not the ones of a
             # generator that is merely closed (an error elsewhere, a deadline).
-            if not ended:
+            if stream is not None and not ended:
                 stream.cancel()
 
     async def reports(self) -> Sequence[ReplicaReport]:

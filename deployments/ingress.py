@@ -40,8 +40,9 @@ class Ingress:
         if config.keep_streams_s > 0:
             application = serve.get_replica_context().app_name
             self._journal = RayJournal(application, keep_s=config.keep_streams_s)
+        backend = HandleBackend(engine, limit=config.max_requests)
         self._service = Service(
-            backend=HandleBackend(engine, limit=config.max_requests),
+            backend=backend,
             tokenizer=load_tokenizer(resolve_model(config.engine.model)),
             model_name=config.model_name or config.engine.model,
             defaults=Defaults(compute=config.engine.compute, timeout_s=config.request_timeout_s),
@@ -49,6 +50,7 @@ class Ingress:
             keep_streams_s=config.keep_streams_s,
             isolate_tenants=config.isolate_tenants,
         )
+        backend.on_resumption = self._service.metrics.resumptions.inc
         self._key_digests = tuple(key_digests)
         self._max_body_bytes = config.max_body_bytes
 

@@ -15,6 +15,7 @@ from ray import serve
 
 from deployments.autoscaling import REQUESTS
 from deployments.shared import end_if_deleted, open_store
+from deployments.watch import CallerWatch
 from fathom.api.backend import ReplicaReport
 from fathom.api.local import LocalBackend
 from fathom.config import EngineConfig, PoolConfig, ServeConfig
@@ -43,6 +44,7 @@ class Replica:
         from fathom.engine.async_engine import AsyncEngine
 
         self._engine = AsyncEngine(engine)
+        self._callers = CallerWatch(self._engine.cancel)
         context = serve.get_replica_context()
         self._application: str = context.app_name
         self._backend = LocalBackend(
@@ -52,17 +54,18 @@ class Replica:
         )
 
     async def generate(
-        self, request: Request
+        self, request: Request, caller: str = ""
     ) -> AsyncGenerator[list[RequestOutput] | InvalidRequest, None]:
-        """Run a request; see ``Backend.generate``.
+        """Run a request; see ``Backend.generate``. It ends when ``caller`` dies (``watch``).
 
         An invalid request is an item, not an exception: Serve logs exceptions with their
         traceback as a replica's failure, and this one is the caller's.
         """
         try:
-            async with aclosing(self._backend.generate(request)) as batches:
-                async for batch in batches:
-                    yield batch
+            with self._callers.serving(caller, request.request_id):
+                async with aclosing(self._backend.generate(request)) as batches:
+                    async for batch in batches:
+                        yield batch
         except InvalidRequest as error:
             yield error
 

@@ -94,6 +94,10 @@ class ServerMetrics:
             "fathom_journal_losses",
             "Times that the journal stopped answering, so that streams went on without it.",
         )
+        self.resumptions = counter(
+            "fathom_request_resumptions",
+            "Times that a request went on at another replica because its own was lost.",
+        )
         self._finished = Counter(
             "fathom_request_success",
             "Completions by the way they ended.",
