@@ -16,6 +16,7 @@ from ray._private.state import state as gcs
 from ray.exceptions import RayError
 from ray.serve.context import _get_global_client
 
+from deployments.journal import unfinished_streams
 from deployments.peers import Endpoint
 from deployments.shared import open_store
 from fathom.config import Placement, ServeConfig, Topology
@@ -190,7 +191,10 @@ class Application:
         return int(reply.store_stats.num_local_objects) - listed
 
     def _open_streams(self) -> int:
-        return 0
+        try:
+            return unfinished_streams(self._name)
+        except (RayError, ValueError):
+            return 0  # the journal was lost, and what it knew is written to it again, or has ended
 
 
 def _lives(pid: int) -> bool:

@@ -110,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--url needs --config: the settings that the server was started with.")
     modes = mode_list(args.modes)
     config = _config(args)
+    if not config.keep_streams_s > 0:
+        raise UsageError("keep_streams_s must be above 0: clients could not come back otherwise.")
 
     from fathom.drills.plan import kinds_of
 

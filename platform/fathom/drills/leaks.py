@@ -23,8 +23,7 @@ class Held:
         requests: running or waiting in an engine. kv_caches: stages' pools with blocks in use.
         leases: parts of deep pools beyond one for each live shallow replica.
         objects: in Ray's store beyond what was there at rest before and what the KV store lists.
-        streams: kept for clients to come back to, though they have ended. unseen: replicas that
-            could not be asked.
+        streams: that the journal takes for live. unseen: replicas that could not be asked.
     """
 
     requests: int = 0
