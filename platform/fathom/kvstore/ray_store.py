@@ -7,6 +7,7 @@ shard that dies takes its blocks along and comes back empty.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -23,6 +24,7 @@ from fathom.kvstore.shard import ShardIndex
 from fathom.kvstore.store import Block, BlocksGone, StoreStats
 
 NAMESPACE = "fathom"
+START_TIMEOUT_S = 30.0
 LOOKUP_TIMEOUT_S = 0.5
 FETCH_TIMEOUT_S = 3.0
 MAX_PUBLISHES_AWAY = 64
@@ -82,6 +84,8 @@ def start_store(name: str, *, shards: int, budget_bytes: int) -> list[Any]:
                 scheduling_strategy=place,
             ).remote(budget_bytes // shards)
         )
+    with contextlib.suppress(RayError):  # a first lookup must not find them still starting
+        ray.get([shard.stats.remote() for shard in found], timeout=START_TIMEOUT_S)
     return found
 
 
