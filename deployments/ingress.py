@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 
 from fastapi import FastAPI
+from prometheus_client import Metric
 from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from deployments.handle_backend import HandleBackend
+from deployments.handle_backend import REPORT_TIMEOUT_S, HandleBackend
 from deployments.journal import RayJournal
 from deployments.shared import end_if_deleted
 from fathom.api.app import create_app
@@ -36,6 +40,11 @@ class Ingress:
     def __init__(
         self, engine: DeploymentHandle, config: ServeConfig, key_digests: Sequence[bytes]
     ) -> None:
+        self._siblings = None
+        if config.num_ingress_replicas > 1:
+            context = serve.get_replica_context()
+            self._name: str = context.replica_id.unique_id
+            self._siblings = serve.get_deployment_handle(context.deployment, context.app_name)
         self._journal = None
         if config.keep_streams_s > 0:
             application = serve.get_replica_context().app_name
@@ -61,7 +70,23 @@ class Ingress:
             key_digests=self._key_digests,
             max_body_bytes=self._max_body_bytes,
             echo_request_id=False,  # Serve's proxy does
+            all_metrics=self._all_metrics if self._siblings else None,
         )
+
+    def measured(self) -> tuple[str, list[Metric]]:
+        """This ingress's name, and what it has measured."""
+        return self._name, self._service.metrics.collect()
+
+    async def _all_metrics(self) -> Mapping[str, Sequence[Metric]]:
+        """What every ingress has measured; those that do not answer are left out."""
+        assert self._siblings is not None
+        found = dict([self.measured()])
+        with contextlib.suppress(TimeoutError, RayActorError, DeploymentUnavailableError):
+            answers = await self._siblings.broadcast("measured").results_async(
+                timeout_s=REPORT_TIMEOUT_S, return_exceptions=True
+            )
+            found |= dict(each for each in answers if not isinstance(each, BaseException))
+        return found
 
     async def __del__(self) -> None:
         # Serve calls this after it has let the streams under way finish.

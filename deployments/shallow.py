@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from deployments.deep import DeepActor
 from deployments.peers import Endpoint, Peers
 from deployments.replica import Replica, engine_config
 from deployments.shared import client_tls, credentials_of, open_store
+from fathom.api.backend import ReplicaReport
 from fathom.config import Placement, ServeConfig
 
 logger = logging.getLogger("ray.serve")
@@ -48,6 +50,7 @@ class ShallowReplica(Replica):
     def __init__(self, config: ServeConfig, deep: DeploymentHandle | None = None) -> None:
         settings = engine_config(config, config.shallow)
 
+        from fathom.dataplane.client import RemoteDeepStage
         from fathom.dataplane.replicas import build_shallow
 
         context = serve.get_replica_context()
@@ -74,7 +77,18 @@ class ShallowReplica(Replica):
             on_lost=self._peers.failed,
             store=open_store(config, context.app_name),
         )
+        assert isinstance(engine.deep, RemoteDeepStage)
+        self._deep = engine.deep
         super().__init__(config, engine)
+
+    def report(self) -> ReplicaReport:
+        """This replica's figures, its end of the data plane included.
+
+        Raises:
+            BackendUnavailable: if its engine has died.
+        """
+        report = super().report()
+        return dataclasses.replace(report, stats={**report.stats, **self._deep.stats()})
 
     def endpoint(self) -> Endpoint | None:
         """Of the deep replica beside this one; None if there is none, or it does not answer."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI
+from prometheus_client import Metric
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
@@ -23,6 +24,9 @@ from fathom.api.service import Answer, Service
 from fathom.api.sse import EventStream
 from fathom.observability.metrics import CONTENT_TYPE
 
+AllMetrics = Callable[[], Awaitable[Mapping[str, Sequence[Metric]]]]
+"""What every ingress has measured, by their names."""
+
 
 def create_app(
     service: Service,
@@ -30,6 +34,7 @@ def create_app(
     key_digests: Sequence[bytes],
     max_body_bytes: int,
     echo_request_id: bool = True,
+    all_metrics: AllMetrics | None = None,
 ) -> FastAPI:
     """Build the application.
 
@@ -38,6 +43,7 @@ def create_app(
             this machine are served.
         max_body_bytes: largest request body.
         echo_request_id: put ``X-Request-Id`` on answers; not behind a proxy that does.
+        all_metrics: where there are other ingresses than this one.
     """
     app = FastAPI(
         title="Fathom",
@@ -52,7 +58,7 @@ def create_app(
     app.add_middleware(RequestIdMiddleware, echo=echo_request_id)
     _add_completion_routes(app, service)
     _add_model_routes(app, service)
-    _add_operator_routes(app, service)
+    _add_operator_routes(app, service, all_metrics)
     return app
 
 
@@ -100,7 +106,7 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
         return await card()
 
 
-def _add_operator_routes(app: FastAPI, service: Service) -> None:
+def _add_operator_routes(app: FastAPI, service: Service, all_metrics: AllMetrics | None) -> None:
     @app.get("/health", response_model=None)
     async def health() -> dict[str, str]:
         """Whether HTTP is served at all; needs no key."""
@@ -117,7 +123,8 @@ def _add_operator_routes(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:
         """Prometheus metrics of the server and of every replica that answers."""
-        text = service.metrics.render(await service.reports())
+        ingresses = await all_metrics() if all_metrics else None
+        text = service.metrics.render(await service.reports(), ingresses)
         return Response(text, headers={"Content-Type": CONTENT_TYPE})
 
     @app.get("/version", response_model=None)

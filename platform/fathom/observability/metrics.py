@@ -1,13 +1,15 @@
 """Prometheus metrics of a server. Names mirror vLLM's with the prefix ``fathom_``.
 
 Latencies and token counts are measured where requests enter; everything about an engine comes
-from its replica's report at the time of the scrape, labelled with the replica.
+from its replica's report at the time of the scrape, labelled with the replica. Where several
+ingresses take requests, a scrape reaches one of them, which then asks the others: what each has
+measured is labelled with the ingress, and a sum over that label is the server's.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -33,6 +35,8 @@ _COUNTERS = frozenset(
         "num_preemptions",
         "prefix_cache_hits",
         "prefix_cache_queries",
+        "kv_store_hits",
+        "deep_reopens",
     }
 )
 # The server counts these itself, under the plain name.
@@ -43,6 +47,9 @@ _HELP = {
     "kv_cache_usage_perc": "Share of KV blocks in use, from 0 to 1.",
     "prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
     "prefix_cache_hits": "Prompt tokens found in the prefix cache.",
+    "kv_store_hits": "Prompt tokens found in the shared KV store.",
+    "flushes_away": "Flushes that are under way to the deep replica.",
+    "deep_reopens": "Deep replicas that were lost and replaced by another.",
     "flops": "Multiply-adds x 2 of everything run.",
     "flushes": "Deep passes.",
     "generation_tokens": "Tokens that this replica has generated.",
@@ -109,11 +116,28 @@ class ServerMetrics:
         """Count the end of one completion."""
         self._finished.labels(self._model_name, reason).inc()
 
-    def render(self, reports: Iterable[ReplicaReport]) -> bytes:
-        """The text exposition of this server's metrics and its replicas' figures."""
+    def collect(self) -> list[Metric]:
+        """What was measured here, for another ingress to show."""
+        return list(self._registry.collect())
+
+    def render(
+        self,
+        reports: Iterable[ReplicaReport],
+        ingresses: Mapping[str, Sequence[Metric]] | None = None,
+    ) -> bytes:
+        """The text exposition of this server's metrics and its replicas' figures.
+
+        Args:
+            ingresses: what each ingress has measured, this one included, by their names; None
+                where this is the only one.
+        """
         replicas = CollectorRegistry(auto_describe=False)
         replicas.register(_Replicas(self._model_name, list(reports)))
-        return generate_latest(self._registry) + generate_latest(replicas)
+        requests = self._registry
+        if ingresses:
+            requests = CollectorRegistry(auto_describe=False)
+            requests.register(_Ingresses(ingresses))
+        return generate_latest(requests) + generate_latest(replicas)
 
 
 class RequestTimer:
@@ -155,6 +179,26 @@ class RequestTimer:
         """Note that whatever has not finished never will."""
         for index in list(self._open):
             self.finish(index, reason)
+
+
+class _Ingresses(Collector):
+    """The same families from several ingresses, each sample labelled with its ingress."""
+
+    def __init__(self, ingresses: Mapping[str, Sequence[Metric]]) -> None:
+        self._ingresses = ingresses
+
+    def collect(self) -> Iterable[Metric]:
+        families: dict[str, Metric] = {}
+        for ingress, found in sorted(self._ingresses.items()):
+            for each in found:
+                family = families.setdefault(
+                    each.name, Metric(each.name, each.documentation, each.type, each.unit)
+                )
+                family.samples += [
+                    sample._replace(labels={**sample.labels, "ingress": ingress})
+                    for sample in each.samples
+                ]
+        return families.values()
 
 
 class _Replicas(Collector):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pickle
+
 from prometheus_client.parser import text_string_to_metric_families
 
 from fathom.api.backend import ModelInfo, ReplicaReport
@@ -71,3 +73,21 @@ def test_every_replica_has_its_own_series() -> None:
     assert found["fathom_replicas", (("model_name", "m"),)] == 2
     names = [line.split()[2] for line in text.decode().splitlines() if line.startswith("# TYPE")]
     assert len(names) == len(set(names))
+
+
+def test_figures_of_several_ingresses_stand_side_by_side() -> None:
+    """Each is a series of its own, so that one that goes away is no counter that goes back."""
+    both = {"a": ServerMetrics("m"), "b": ServerMetrics("m")}
+    for tokens, metrics in zip((5, 7), both.values(), strict=True):
+        timer = RequestTimer(metrics, prompt_tokens=tokens)
+        timer.begin([0])
+        timer.tokens(0, 1)
+        timer.finish(0, "stop")
+    collected = {name: metrics.collect() for name, metrics in both.items()}
+    found = samples(both["a"].render([], pickle.loads(pickle.dumps(collected))))
+    for ingress, tokens in (("a", 5), ("b", 7)):
+        labels = (("ingress", ingress), ("model_name", "m"))
+        assert found["fathom_prompt_tokens_total", labels] == tokens
+        assert found["fathom_time_to_first_token_seconds_count", labels] == 1
+    alone = samples(both["a"].render([]))
+    assert alone["fathom_prompt_tokens_total", (("model_name", "m"),)] == 5
