@@ -154,8 +154,10 @@ class Scribe:
             if time.monotonic() >= self._last_beat + self._beat_s:
                 self._last_beat = time.monotonic()
                 self._due.update(self._logs)
-            entries = self._entries()
-            if entries:
+            # One that does not answer is only asked whether it does: what it has not read yet would
+            # pile up.
+            entries = self._entries() if self._up else []
+            if entries or not self._up:
                 await self._append(entries)
             if self._due:
                 self._wake.set()
