@@ -60,7 +60,7 @@ def default_config() -> ServeConfig:
     """A disaggregated server that fits two cores."""
     return ServeConfig(
         engine=EngineConfig(
-            dtype="float32", kv_cache_bytes=256 << 20, max_num_seqs=8, max_model_len=1024
+            dtype="float32", kv_cache_bytes=128 << 20, max_num_seqs=8, max_model_len=1024
         ),
         topology=Topology.DISAGGREGATED,
         num_ingress_replicas=2,
