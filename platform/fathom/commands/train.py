@@ -21,8 +21,9 @@ trains exit layers of the shallow path alone (--exit-layers) and the exit head. 
 
 Examples are JSON lines: {"messages": [...]} that end with the assistant's, {"prompt": ...,
 "completion": ...}, {"text": ...}, or token ids as `fathom generate --json` writes them. With
---self-distill they are prompts, and the full model writes the answers first. A run that was
-interrupted goes on when the command is given again.
+--self-distill they are prompts as `fathom generate --prompts` takes them ({"messages": [...]} for a
+chat model), and the full model writes the answers first. A run that was interrupted goes on when
+the command is given again.
 
 """
 
@@ -133,6 +134,8 @@ def run(args: argparse.Namespace) -> int:
     missing = [path for path in (*args.data, *(args.heldout or ())) if not path.is_file()]
     if missing:
         raise UsageError(f"{missing[0]}: no such file; --data and --heldout take JSON lines.")
+    plan = _plan(args)
+    plan.validate()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     data, heldout = list(args.data), list(args.heldout or ())
     if args.self_distill:
@@ -158,13 +161,12 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"{len(examples)} examples, {targets} targets; {len(kept)} held out", file=sys.stderr
     )  # fmt: skip
-    return _train(args, examples, kept)
+    return _train(args, plan, examples, kept)
 
 
-def _train(args: argparse.Namespace, examples: Any, heldout: Any) -> int:
+def _train(args: argparse.Namespace, plan: Any, examples: Any, heldout: Any) -> int:
     from fathom.training.workers import train_on_workers
 
-    plan = _plan(args)
     outcome_folder = train_on_workers(
         plan,
         examples,

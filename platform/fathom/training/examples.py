@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -75,6 +76,14 @@ class Batch:
             token_ids[row, : len(ids) - 1] = ids[:-1]
             labels[row, example.num_prompt - 1 : len(ids) - 1] = ids[example.num_prompt :]
         return cls(token_ids, labels, tuple(examples))
+
+
+def digest_of(examples: Sequence[Example]) -> str:
+    """SHA-256, in hexadecimal, of what the examples hold, in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr((example.token_ids, example.num_prompt)).encode())
+    return digest.hexdigest()
 
 
 def groups_of_epoch(

@@ -19,8 +19,9 @@ from fathom.models.resolve import resolve_model
 from fathom.models.tokenizer import Tokenizer, load_tokenizer
 from fathom.training.card import card
 from fathom.training.errors import TrainingError
-from fathom.training.examples import Batch, Example
-from fathom.training.model import ExitHead, ShallowDeep, Shape, fit_head
+from fathom.training.examples import Batch, Example, digest_of
+from fathom.training.export import export
+from fathom.training.model import ShallowDeep, Shape, fit_head
 from fathom.training.objective import Objective, TrainSettings
 from fathom.training.trainer import Trainer
 from fathom.training.validate import Drafts, deep_choices, draft, figures
@@ -48,6 +49,16 @@ class ExitTraining:
     fit: bool = True
     recompute: bool = False
     device: str = "cpu"
+
+    def validate(self) -> None:
+        """Check every number that needs no model.
+
+        Raises:
+            TrainingError: naming the first one out of range, and its value.
+        """
+        self.settings.validate()
+        if self.subset < 0:
+            raise TrainingError(f"subset must be at least 0 (0: all tokens), got {self.subset}.")
 
 
 @dataclass(slots=True)
@@ -121,9 +132,16 @@ def rank_tokens(examples: Sequence[Example], vocab_size: int) -> Tensor:
 
 
 def split_heldout(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples: every twentieth is held out."""
-    train = [e for i, e in enumerate(examples) if i % HELDOUT_EVERY != HELDOUT_EVERY - 1]
-    return train, list(examples[HELDOUT_EVERY - 1 :: HELDOUT_EVERY])
+    """Training and held-out examples: every twentieth is held out; of fewer, the last.
+
+    Raises:
+        TrainingError: for a single example.
+    """
+    every = min(HELDOUT_EVERY, len(examples))
+    if every < 2:
+        raise TrainingError("a single example cannot be parted: give more, or --heldout FILE.")
+    train = [e for i, e in enumerate(examples) if i % every != every - 1]
+    return train, list(examples[every - 1 :: every])
 
 
 def train_exits(
@@ -133,9 +151,13 @@ def train_exits(
     work_dir: Path,
     *,
     log: Callable[[int, dict[str, float]], None] = lambda step, figures: None,
+    on_save: Callable[[], None] = lambda: None,
     show: bool = True,
 ) -> Outcome:
     """Train an adapter; a run that was interrupted goes on from ``work_dir``.
+
+    Args:
+        log, on_save: see ``Trainer.run``.
 
     With frozen shared layers the state of the best agreement on held-out examples is kept,
     otherwise the last one.
@@ -143,6 +165,7 @@ def train_exits(
     Raises:
         ModelError, TrainingError: naming what cannot be used.
     """
+    run.validate()
     work_dir.mkdir(parents=True, exist_ok=True)
     tunes = run.shape.tune != "exit"
     torch.manual_seed(run.settings.seed)
@@ -164,7 +187,12 @@ def train_exits(
         vocab_size=vocab_size,
         original=original,
     )
-    trainer = Trainer(objective, train, work_dir=work_dir, device=run.device)
+    depends_on = {
+        "heldout": digest_of(heldout),
+        "weights": weights_digest(directory),
+        "subset": run.subset,
+    }
+    trainer = Trainer(objective, train, work_dir=work_dir, device=run.device, depends_on=depends_on)
     if run.fit and run.shape.head_adapter and not trainer.has_checkpoint:
         with objective.autocast():
             fit_head(model, _rows_to_fit(train, run.device))
@@ -183,6 +211,7 @@ def train_exits(
         # there the last state counts.
         on_best=(lambda: None) if tunes else (lambda: _keep(model, best)),
         log=log,
+        on_save=on_save,
         show=show,
     )
     if best.exists():
@@ -216,47 +245,6 @@ def train_exits(
 def batches_of(examples: Sequence[Example], size: int = 8) -> list[Batch]:
     """Examples in batches of ``size``, in order."""
     return [Batch.of(examples[i : i + size]) for i in range(0, len(examples), size)]
-
-
-def export(model: ShallowDeep, token_ids: Tensor, metadata: dict[str, str]) -> Adapter:
-    """What was trained beside the model's own weights, as it is served: bfloat16, on the CPU."""
-    first = model.shape.exit_layer
-    layers = {
-        f"{first + index}.{name}": _served(tensor)
-        for index, layer in enumerate(model.branch)
-        for name, tensor in layer.state_dict().items()
-    }
-    head: ExitHead = model.head
-    return Adapter(
-        exit_layer=first,
-        exit_layers=model.shape.exit_layers,
-        norm=_served(head.norm_weight),
-        head_adapter=None if head.adapter is None else _served(head.adapter),
-        token_ids=token_ids.cpu(),
-        layers=layers,
-        lora=_lora(model),
-        metadata=metadata,
-    )
-
-
-def _served(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.bfloat16).contiguous()
-
-
-def _lora(model: ShallowDeep) -> dict[str, tuple[Tensor, Tensor]]:
-    """(A, B) by the name of the weight that they change; peft's scaling goes into B."""
-    if model.shape.tune != "lora":
-        return {}
-    scale = model.shape.lora_alpha / model.shape.lora_rank
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    state = {name: p for name, p in model.base.named_parameters() if "lora_" in name}
-    for name, a in state.items():
-        if "lora_A" not in name:
-            continue
-        stem = name[name.index("model.layers.") : name.index(".lora_A")]
-        b = state[name.replace("lora_A", "lora_B")]
-        found[f"{stem}.weight"] = _served(a), _served(b * scale)
-    return found
 
 
 def _original(run: ExitTraining, directory: Path) -> Callable[[Batch, Tensor], Tensor]:

@@ -106,6 +106,11 @@ class ShallowDeep(nn.Module):
                 f"exit_layers must be from 0 to {self.num_layers - shape.exit_layer - 1}, so that "
                 f"the shallow path stays the shorter one, got {shape.exit_layers}."
             )
+        if shape.tune == "lora" and min(shape.lora_rank, shape.lora_alpha) < 1:
+            raise TrainingError(
+                f"lora_rank and lora_alpha must be at least 1, got {shape.lora_rank} and "
+                f"{shape.lora_alpha}."
+            )
         self.shape = shape
         first, last = shape.exit_layer, shape.exit_layer + shape.exit_layers
         self.branch = nn.ModuleList(copy.deepcopy(layer) for layer in inner.layers[first:last])

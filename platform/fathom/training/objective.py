@@ -18,6 +18,15 @@ KD_KINDS = ("none", "last", "unif", "dyna", "logits")
 # Of the full path's probabilities at a row, the likeliest that are kept for ``kd="logits"``.
 _KEPT_PROBABILITIES = 32
 
+# Of each setting the least value, and of real ones the greatest (the least is 0).
+_WHOLE = {"steps": 1, "batch_tokens": 1, "accumulate": 1, "warmup": 0, "check_every": 1, "seed": 0}
+_REAL = {
+    **dict.fromkeys(("learning_rate", "weight_decay", "deep_rate", "kd_weight"), math.inf),
+    **dict.fromkeys(("hold", "outside", "save_every_s"), math.inf),
+    "layer_dropout": 1.0,
+    "curriculum": 1.0,
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSettings:
@@ -58,6 +67,20 @@ class TrainSettings:
     save_every_s: float = 300.0
     seed: int = 0
 
+    def validate(self) -> None:
+        """Check every number.
+
+        Raises:
+            TrainingError: naming the first one out of range, and its value.
+        """
+        for name, low in _WHOLE.items():
+            if (value := getattr(self, name)) < low:
+                raise TrainingError(f"{name} must be at least {low}, got {value}.")
+        for name, high in _REAL.items():
+            if not 0 <= (value := getattr(self, name)) <= high or math.isinf(value):
+                wanted = "of at least 0" if math.isinf(high) else f"from 0 to {high:g}"
+                raise TrainingError(f"{name} must be a number {wanted}, got {value}.")
+
 
 class Objective:
     """The loss of a batch.
@@ -81,6 +104,7 @@ class Objective:
         vocab_size: int,
         original: Callable[[Batch, Tensor], Tensor] | None = None,
     ) -> None:
+        settings.validate()
         if settings.kd not in KD_KINDS:
             raise TrainingError(f"kd must be one of {', '.join(KD_KINDS)}, got {settings.kd!r}.")
         if settings.hold and original is None:

@@ -57,7 +57,7 @@ class Tracker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._send()
+        self.flush()
         status = "FINISHED" if kind is None else "KILLED" if kind is KeyboardInterrupt else "FAILED"
         self._client.set_terminated(self.run_id, status)
 
@@ -66,13 +66,14 @@ class Tracker:
         now = int(time.time() * 1000)
         self._pending += [self._metric(name, value, now, step) for name, value in figures.items()]
         if len(self._pending) >= _BATCH:
-            self._send()
+            self.flush()
 
     def keep_file(self, file: Path) -> None:
         """Keep a file as an artifact of the run."""
         self._client.log_artifact(self.run_id, str(file))
 
-    def _send(self) -> None:
+    def flush(self) -> None:
+        """Send what is pending."""
         pending, self._pending = self._pending, []
         for start in range(0, len(pending), 1000):
             self._client.log_batch(self.run_id, metrics=pending[start : start + 1000])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fathom.training.errors import TrainingError
-from fathom.training.examples import Batch, Example, groups_of_epoch
+from fathom.training.examples import Batch, Example, digest_of, groups_of_epoch
 from fathom.training.model import ShallowDeep
 from fathom.training.objective import Objective, TrainSettings
 
@@ -44,6 +44,7 @@ class Trainer:
     Args:
         objective: holds the model and says what a batch's loss is.
         device: where the model lies. work_dir: where checkpoints lie.
+        depends_on: whatever else a checkpoint belongs to, as JSON values.
     """
 
     def __init__(
@@ -53,12 +54,18 @@ class Trainer:
         *,
         work_dir: Path,
         device: str = "cpu",
+        depends_on: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = objective.model
         self.settings = settings = objective.settings
         self.progress = Progress()
         self._objective = objective
         self._examples = examples
+        self._owner = {
+            "settings": asdict(settings),
+            "shape": asdict(self.model.shape),
+            "data": {"examples": digest_of(examples), **(depends_on or {})},
+        }
         self._device = device
         together = torch.distributed.is_available() and torch.distributed.is_initialized()
         self._rank = torch.distributed.get_rank() if together else 0
@@ -86,6 +93,7 @@ class Trainer:
         check: Callable[[], dict[str, float]] | None = None,
         on_best: Callable[[], None] = lambda: None,
         log: Callable[[int, dict[str, float]], None] = lambda step, figures: None,
+        on_save: Callable[[], None] = lambda: None,
         show: bool = True,
     ) -> None:
         """Train to the last step, from the checkpoint on if there is one.
@@ -93,6 +101,7 @@ class Trainer:
         Args:
             check: figures on held-out rows; its first one decides which state is the best.
             on_best: told of each new best, to keep that state. log: told of figures by step.
+            on_save: called before each checkpoint, for what must not be behind it.
         """
         self.resume()
         saved = time.monotonic()
@@ -108,7 +117,8 @@ class Trainer:
                 figures = self.step()
                 step = self.progress.step
                 bar.update()
-                bar.set_postfix(loss=f"{figures['loss']:.3f}", best=f"{self.progress.best:.4f}")
+                best = {"best": f"{self.progress.best:.4f}"} if self.progress.checks else {}
+                bar.set_postfix({"loss": f"{figures['loss']:.3f}", **best})
                 log(step, figures)
                 due = step % self.settings.check_every == 0 or step == self.settings.steps
                 if check is not None and due:
@@ -123,6 +133,7 @@ class Trainer:
                         if self._rank == 0:
                             on_best()
                 if due or time.monotonic() - saved > self.settings.save_every_s:
+                    on_save()
                     self.save()
                     saved = time.monotonic()
 
@@ -199,8 +210,7 @@ class Trainer:
         partial = self._file.with_suffix(".partial")
         torch.save(
             {
-                "settings": asdict(self.settings),
-                "shape": asdict(self.model.shape),
+                **self._owner,
                 "progress": asdict(self.progress),
                 "trained": {name: p.detach() for name, p in self.model.trained().items()},
                 "optimizer": self._optimizer.state_dict(),
@@ -213,18 +223,17 @@ class Trainer:
         """Go on from the checkpoint, if there is one.
 
         Raises:
-            TrainingError: if it is of a run with other settings.
+            TrainingError: if it is of a run with other settings or data.
         """
         if not self._file.exists():
             return
         state: dict[str, Any] = torch.load(self._file, weights_only=True, map_location=self._device)
-        own = {"settings": asdict(self.settings), "shape": asdict(self.model.shape)}
-        found = {name: state[name] for name in own}
-        if json.dumps(found) != json.dumps(own):
-            raise TrainingError(
-                f"{self._file} is of a run with other settings ({json.dumps(found)}): give the "
-                "same ones, name another --work-dir, or delete it."
-            )
+        for name, own in self._owner.items():
+            if json.dumps(found := state.get(name)) != json.dumps(own):
+                raise TrainingError(
+                    f"{self._file} is of a run with other {name} ({json.dumps(found)}): give the "
+                    "same, name another --work-dir, or delete it."
+                )
         with torch.no_grad():
             for name, parameter in self.model.trained().items():
                 parameter.copy_(state["trained"][name])

@@ -92,12 +92,12 @@ class _Work:
         with Tracker(
             self.work_dir, name=self.plan.name, params=params, uri=self.mlflow_uri
         ) as tracker:
-            self._train(show=show, write=True, log=tracker.log)
+            self._train(show=show, write=True, log=tracker.log, on_save=tracker.flush)
             tracker.keep_file(self.out / "adapter.safetensors")
 
-    def _train(self, *, show: bool, write: bool, **log: Any) -> None:
+    def _train(self, *, show: bool, write: bool, **hooks: Any) -> None:
         outcome = train_exits(
-            self.plan, self.examples, self.heldout, self.work_dir, show=show, **log
+            self.plan, self.examples, self.heldout, self.work_dir, show=show, **hooks
         )
         if write:
             outcome.write(self.out)

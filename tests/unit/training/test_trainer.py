@@ -10,7 +10,8 @@ import torch
 
 from fathom.training.errors import TrainingError
 from fathom.training.examples import Batch, Example
-from fathom.training.exits import ExitTraining, batches_of, export, train_exits
+from fathom.training.exits import ExitTraining, batches_of, split_heldout, train_exits
+from fathom.training.export import export
 from fathom.training.model import ShallowDeep, Shape
 from fathom.training.objective import Objective, TrainSettings
 from fathom.training.trainer import Trainer
@@ -91,9 +92,34 @@ def test_a_run_killed_between_two_epochs_goes_on(base, examples, tmp_path: Path)
 
 def test_a_checkpoint_of_other_settings_is_refused(base, examples, tmp_path: Path) -> None:
     trainer_of(copy.deepcopy(base), examples, tmp_path, EXIT).save()
-    other = trainer_of(base, examples, tmp_path, EXIT, learning_rate=1e-4)
+    other = trainer_of(copy.deepcopy(base), examples, tmp_path, EXIT, learning_rate=1e-4)
     with pytest.raises(TrainingError, match=r"other settings .*--work-dir"):
         other.resume()
+    other = trainer_of(base, examples[1:], tmp_path, EXIT)
+    with pytest.raises(TrainingError, match=r"other data .*--work-dir"):
+        other.resume()
+
+
+def test_what_is_logged_is_kept_before_each_checkpoint(base, examples, tmp_path: Path) -> None:
+    trainer = trainer_of(base, examples, tmp_path, EXIT, steps=5, check_every=2)
+    events: list[int | str] = []
+    save = trainer.save
+    trainer.save = lambda: (events.append("saved"), save())
+    trainer.run(
+        check=lambda: {"agreement": 0.5},
+        log=lambda step, figures: events.append(step) if "loss" in figures else None,
+        on_save=lambda: events.append("kept"),
+        show=False,
+    )
+    assert events == [1, 2, "kept", "saved", 3, 4, "kept", "saved", 5, "kept", "saved"]
+
+
+def test_some_example_is_always_held_out(examples) -> None:
+    train, heldout = split_heldout(examples[:45])
+    assert (len(train), heldout) == (43, [examples[19], examples[39]])
+    assert split_heldout(examples[:3]) == (examples[:2], [examples[2]])
+    with pytest.raises(TrainingError, match="--heldout"):
+        split_heldout(examples[:1])
 
 
 def test_training_exits_leaves_the_full_path_as_it_was(base, examples, tmp_path: Path) -> None:
@@ -132,6 +158,11 @@ def test_kept_probabilities_are_those_of_a_whole_pass(base, examples, tmp_path: 
         (EXIT, {"exit_loss": False}, "nothing is left to train"),
         (LORA, {"exit_loss": False, "deep_ce": False}, "nothing is left to train"),
         (EXIT, {"kd": "dyna"}, "use logits there, or --tune lora"),
+        (EXIT, {"check_every": 0}, "check_every must be at least 1, got 0"),
+        (EXIT, {"learning_rate": -1.0}, "learning_rate must be a number of at least 0, got -1.0"),
+        (EXIT, {"kd_weight": float("nan")}, "kd_weight must be a number of at least 0, got nan"),
+        (LORA, {"layer_dropout": 2.0}, "layer_dropout must be a number from 0 to 1, got 2.0"),
+        (Shape(exit_layer=1, lora_rank=0), {}, "lora_rank and lora_alpha must be at least 1"),
         (LORA, {"kd": "best"}, "kd must be one of none, last, unif, dyna, logits, got 'best'"),
     ],
 )
