@@ -98,7 +98,7 @@ def test_no_token_is_lost_or_doubled(
     whole = run(alone, requests)
     expected = {key: [*each.ids, each.last.finish_reason.value] for key, each in whole.items()}
     assert results(outputs) == expected
-    assert engine._deep._exchange._address == replicas.alive[1]
+    assert engine._deep._exchange.address == replicas.alive[1]
     engine.check_integrity()
 
 
