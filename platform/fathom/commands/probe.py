@@ -65,6 +65,12 @@ def run(args: argparse.Namespace) -> int:
     missing = [path for path in args.data if not path.is_file()]
     if missing:
         raise UsageError(f"{missing[0]}: no such file; --data takes JSON lines.")
+    for name in ("examples", "max_length", "rank", "threads"):
+        if (value := getattr(args, name)) < 1:
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} must be at least 1, got {value}.")
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        raise UsageError(f"{args.json}: there is no such folder; make it first.")
 
     import torch
     from rich.console import Console

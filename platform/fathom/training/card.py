@@ -57,7 +57,10 @@ def card(adapter: Adapter, drafts: Drafts, curve: list[tuple[int, float]], comma
         ("all", drafts),
         *((d, drafts.of(d)) for d in sorted(set(drafts.domain))),
     ]:
-        cells = [f"{share:.1%} / {right:.1%}" for share, right in map(part.above, THRESHOLDS)]
+        cells = [
+            f"{share:.1%} / {right:.1%}" if share else "0% / –"
+            for share, right in map(part.above, THRESHOLDS)
+        ]
         lines.append(
             f"| {name} | {len(part.agree)} | {part.agreement:.1%} | "
             f"{part.coverage(0.95):.1%} | " + " | ".join(cells) + " |"

@@ -287,4 +287,5 @@ def test_train_exits_raises_agreement(examples, tmp_path: Path, model_dir: Path)
     text = (tmp_path / "out" / "README.md").read_text()
     assert "# tiny: exits for" in text
     assert "| domain1 |" in text
+    assert "nan" not in text
     assert len(batches_of(examples, 8)) == 12
