@@ -28,8 +28,6 @@ REPLICAS = {"ingress": "Ingress", "shallow": "Shallow", "deep": "Deep", "engine"
 """Deployments by the kind of their replicas."""
 
 _ASK_S = 10.0
-_SETTLED_S = 3.0
-"""Age from which an actor that Ray started anew is taken to have been told what it had lost."""
 
 
 def hush() -> None:
@@ -70,13 +68,19 @@ class Application:
     def ready(self, kind: str) -> list[Victim]:
         """See ``Prey.ready``.
 
-        Of ingress and journal one must live and know a stream: the former are spared while the
-        journal is away, the journal while an ingress is.
+        Ingresses are spared while the journal is away, and the journal while one of them is.
         """
         other = {"journal": "ingress", "ingress": "journal"}.get(kind)
         if other and len(self._present(other)) < self._wanted(other):
             return []
         return self._present(kind)
+
+    def known_streams(self) -> int:
+        """Live streams that the journal has; 0 while it does not answer."""
+        try:
+            return unfinished_streams(self._name)
+        except RayError:
+            return 0
 
     def fewest(self, kind: str) -> int:
         """See ``Prey.fewest``."""
@@ -113,7 +117,7 @@ class Application:
             kv_caches=engines.kv_caches,
             leases=leases,
             objects=objects,
-            streams=self._open_streams(),
+            streams=self.known_streams(),
             unseen=silent + max(0, wanted - len(metrics.get("fathom_num_requests_running", ()))),
         )
 
@@ -133,20 +137,18 @@ class Application:
             if each["pid"] and _lives(each["pid"])
         ]
 
-    def _actors(self, prefix: str, *, kind: str = "", older_than_s: float = 0.0) -> list[Victim]:
+    def _actors(self, prefix: str, *, kind: str = "") -> list[Victim]:
         """Actors that live, by the beginning of their name, and by their class if it is given."""
-        now = time.time()
         return [
             Victim(each["Name"] or f"{kind} {each['ActorID']}", each["Pid"])
             for each in gcs.actor_table(None, None, "ALIVE").values()
             if each["Name"].startswith(prefix) and kind in ("", each["ActorClassName"])
             if each["Address"]["NodeID"] == self._node and _lives(each["Pid"])
-            if now - each["Timestamp"] / 1e3 >= older_than_s
         ]
 
     def _present(self, kind: str) -> list[Victim]:
         if kind == "journal":
-            return self._actors(f"journal-of-{self._name}", older_than_s=_SETTLED_S)
+            return self._actors(f"journal-of-{self._name}")
         if kind == "directory":
             return self._actors(f"kv-store-of-{self._name}-")
         if kind == "deep" and self._config.placement is Placement.BESIDE:
@@ -189,12 +191,6 @@ class Application:
         listed = self._store.stats().objects if self._store is not None else 0
         reply = internal_api.get_memory_info_reply(gcs)  # type: ignore[no-untyped-call]
         return int(reply.store_stats.num_local_objects) - listed
-
-    def _open_streams(self) -> int:
-        try:
-            return unfinished_streams(self._name)
-        except (RayError, ValueError):
-            return 0  # the journal was lost, and what it knew is written to it again, or has ended
 
 
 def _lives(pid: int) -> bool:

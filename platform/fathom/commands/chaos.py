@@ -44,8 +44,8 @@ compares each answer with the one that the same request had undisturbed. The cli
 with the request's id and Last-Event-ID when its connection breaks, and does nothing else.
 
 One process dies at a time: a kind of which only one would be left is spared until it has
-recovered, and of ingress and journal, which both know the streams, one is spared while the other
-is away. Kinds, order and times follow from --seed.
+recovered, and of ingress and journal, which both know the streams, one is spared until the other
+is back and knows them again. Kinds, order and times follow from --seed.
 
 failed: requests without an answer. gaps, duplicates: places where a stream left something out, or
 repeated it, by its event ids or by its content. mismatches: answers that differ in any way.
@@ -235,8 +235,8 @@ def _show(report: ChaosReport) -> None:
     found = report.as_dict()
     names = "requests kills failed gaps duplicates mismatches leaked_blocks reconnects resumptions"
     print(" · ".join(f"{name} {found[name]}" for name in [*names.split(), "seconds"]))
-    for index, error in found["errors"].items():
-        print(f"request {index} failed: {error}")
+    for index, each in found["errors"].items():
+        print(f"request {index} failed: {each['error']}")
     if report.held is not None and report.held.total:
         print(f"held at the end: {report.held}")
     if not report.whole:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fathom.drills.client import StreamClient
-from fathom.drills.killer import Kill, Killer, Prey
-from fathom.drills.leaks import Held, settle
+from fathom.drills.killer import Kill, Killer, Prey, Victim
+from fathom.drills.leaks import SETTLE_S, Held, settle
 from fathom.drills.load import run_load
 from fathom.drills.plan import blows
 from fathom.drills.transcript import Transcript, Verdict, judge
@@ -39,6 +39,34 @@ class Cluster(Prey, Protocol):
         """What is held now that should not be at rest."""
         ...
 
+    def known_streams(self) -> int:
+        """Live streams that the journal has."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Sparing:
+    """Spares one of the two that know a stream, its ingress and the journal, while that is all.
+
+    The journal is spared while a client that has lost its ingress has not come back; ingresses
+    while a journal that was started anew has not been told of all streams.
+    """
+
+    cluster: Cluster
+    client: StreamClient
+
+    def ready(self, kind: str) -> Sequence[Victim]:
+        """See ``Prey.ready``."""
+        if kind == "journal" and self.client.coming_back:
+            return ()
+        if kind == "ingress" and self.cluster.known_streams() < self.client.reading:
+            return ()
+        return self.cluster.ready(kind)
+
+    def fewest(self, kind: str) -> int:
+        """See ``Prey.fewest``."""
+        return self.cluster.fewest(kind)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChaosOptions:
@@ -46,6 +74,7 @@ class ChaosOptions:
 
     Attributes:
         kinds: of process to kill. seed: of the plan, and of the requests' order.
+        settle_s: longest that the server may take to let go of everything.
     """
 
     requests: int
@@ -53,6 +82,7 @@ class ChaosOptions:
     kill_every_s: float
     kinds: Sequence[str]
     seed: int
+    settle_s: float = SETTLE_S
 
 
 @dataclass(slots=True)
@@ -91,7 +121,7 @@ class ChaosReport:
     def as_dict(self) -> dict[str, Any]:
         """For JSON. ``leaked_blocks`` is the sum of ``leaks``, None if nobody looked."""
         errors = {
-            str(index): found.error or "no end"
+            str(index): {"error": found.error or "no end", "breaks": found.breaks}
             for index, found in sorted(self.transcripts.items())
             if found.failed
         }
@@ -143,7 +173,7 @@ class Chaos:
             DrillError: if a request fails before anything is killed.
         """
         references = self._undisturbed()
-        settle(self.cluster.held)
+        settle(self.cluster.held, self.options.settle_s)
         self.cluster.mark_rest()
         order = [i % len(self.bodies) for i in range(self.options.requests)]
         random.Random(f"fathom order {self.options.seed}").shuffle(order)
@@ -156,7 +186,7 @@ class Chaos:
             self.on_request(verdict)
 
         plan = blows(self.options.seed, self.options.kinds, self.options.kill_every_s)
-        killer = Killer(self.cluster, plan, self.on_kill)
+        killer = Killer(_Sparing(self.cluster, self.client), plan, self.on_kill)
         report.kills = killer.kills
         start = time.perf_counter()
         killer.start()
@@ -173,7 +203,7 @@ class Chaos:
             report.seconds = time.perf_counter() - start
             report.killer_error = killer.error
         report.whole = self.cluster.wait_until_whole(RECOVERY_S)
-        report.held = settle(self.cluster.held)
+        report.held = settle(self.cluster.held, self.options.settle_s)
         return report
 
     def _undisturbed(self) -> dict[int, Transcript]:

@@ -55,6 +55,19 @@ class StreamClient:
         self._timeout_s = timeout_s
         self._pause_s = pause_s
         self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._reading: set[str] = set()
+        self._coming_back: set[str] = set()
+
+    @property
+    def reading(self) -> int:
+        """Streams that have brought an event on the connection that they have now."""
+        return len(self._reading)
+
+    @property
+    def coming_back(self) -> int:
+        """Streams that have brought events, lost their connection, and have not gone on yet."""
+        return len(self._coming_back)
 
     def stop(self) -> None:
         """Let streams under way end at their next event, as failed."""
@@ -71,8 +84,14 @@ class StreamClient:
         while True:
             before = found.last_id
             reason = self._attempt(found, body, request_id, path, start)
+            with self._lock:
+                self._reading.discard(request_id)
+                if found.last_id is not None:
+                    self._coming_back.add(request_id)
             if found.done or found.error:
                 break
+            place = f"at {time.perf_counter() - start:.1f} s after event {found.last_id}"
+            found.breaks.append(f"{place}: {reason}")
             if found.last_id != before:
                 fruitless, pause = 0, self._pause_s
             fruitless += 1
@@ -84,6 +103,8 @@ class StreamClient:
                 break
             pause = min(2 * pause, _LONGEST_PAUSE_S)
             found.reconnects += 1
+        with self._lock:
+            self._coming_back.discard(request_id)
         found.seconds = time.perf_counter() - start
         return found
 
@@ -110,6 +131,9 @@ class StreamClient:
                     found.error = f"{response.status}: {words}"
                 return f"{response.status}: {words[:200]}"
             for event in read_events(response):
+                with self._lock:
+                    self._reading.add(request_id)
+                    self._coming_back.discard(request_id)
                 found.resumptions += resumed
                 resumed = False
                 if found.add(event) and found.first_s is None:

@@ -72,7 +72,7 @@ def held_by_engines(metrics: Mapping[str, list[float]]) -> Held:
     )
 
 
-def settle(look: Callable[[], Held], seconds: float = SETTLE_S) -> Held:
+def settle(look: Callable[[], Held], seconds: float) -> Held:
     """Look until nothing is held, or the time is over; returns what was seen last."""
     deadline = time.monotonic() + seconds
     while True:

@@ -44,6 +44,7 @@ class Transcript:
         jumps: events whose id left out at least one number after the id before it.
         repeats: events whose id was not above the id before it.
         error: why the request failed; empty if it did not. done: the stream came to its end.
+        breaks: when and how a connection ended before its stream, or brought none.
         reconnects: requests that were sent again. resumptions: those of them that went on after
             an event that was seen, and brought another.
         usage: the server's, where it was asked for. first_s: seconds to the first event that
@@ -56,6 +57,7 @@ class Transcript:
     repeats: int = 0
     error: str = ""
     done: bool = False
+    breaks: list[str] = field(default_factory=list)
     reconnects: int = 0
     resumptions: int = 0
     usage: dict[str, Any] = field(default_factory=dict)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import socket
-import struct
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,120 +13,7 @@ import pytest
 from fathom.drills.client import StreamClient
 from fathom.drills.load import run_load
 from fathom.drills.transcript import Transcript
-
-WORDS = ["one", " two", " three", " four", " five"]
-BODY = {"model": "m", "messages": [], "stream": True}
-
-
-def events() -> list[str]:
-    chunks: list[Any] = [
-        {"choices": [{"index": 0, "delta": {"content": word}, "finish_reason": None}]}
-        for word in WORDS
-    ]
-    chunks[-1]["choices"][0]["finish_reason"] = "stop"
-    data = [*map(json.dumps, chunks), "[DONE]"]
-    return [f"id: {number}\ndata: {each}\n\n" for number, each in enumerate(data, 1)]
-
-
-@dataclass
-class Breaking:
-    """What the server does with one connection after another, and what it was asked.
-
-    Attributes:
-        acts: for each attempt ``("break", n)`` after n events, ``("tear", n)`` within the event
-            after n, ``("end", n)`` properly but early, ``("status", code)``, ``("reset", 0)``
-            before an answer, ``("hang", n)`` after n events, ``("repeat", n)``: the whole, with
-            the n-th event twice. All later attempts get what is left.
-    """
-
-    acts: list[tuple[str, int]]
-    asked: list[dict[str, str]] = field(default_factory=list)
-    bodies: list[Any] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def next(self) -> tuple[str, int]:
-        with self.lock:
-            return self.acts.pop(0) if self.acts else ("all", 0)
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    breaking: Breaking
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.breaking.asked.append(dict(self.headers.items()))
-        self.breaking.bodies.append(body)
-        act, count = self.breaking.next()
-        rest = events()[int(self.headers.get("Last-Event-ID", "0")) :]
-        if act == "reset":
-            return self._reset()
-        if act == "status":
-            words = b'{"error": {"message": "words"}}'
-            self.send_response(count)
-            self.send_header("Content-Length", str(len(words)))
-            self.end_headers()
-            self.wfile.write(words)
-            return None
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        if act == "repeat":
-            rest.insert(count, rest[count - 1])
-        for event in rest if act in ("all", "repeat") else rest[:count]:
-            self._chunk(event)
-        if act == "tear":
-            self._chunk(rest[count][:-4])
-        if act == "hang":
-            threading.Event().wait(3)
-        if act in ("break", "tear", "hang"):
-            # As a proxy does whose server has died; what was sent still arrives.
-            self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
-            return None
-        self._chunk("")
-        return None
-
-    def _chunk(self, text: str) -> None:
-        data = text.encode()
-        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
-        self.wfile.flush()
-
-    def _reset(self) -> None:
-        """End the connection as the system does for a process that was killed."""
-        self.wfile.flush()
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.connection.close()
-        self.close_connection = True
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, *args: object) -> None:
-        pass  # connections break on purpose
-
-
-@pytest.fixture
-def serve() -> Iterator[Any]:
-    running = []
-
-    def start(*acts: tuple[str, int]) -> tuple[Breaking, str]:
-        breaking = Breaking(list(acts))
-        handler = type("Handler", (Handler,), {"breaking": breaking})
-        server = Server(("127.0.0.1", 0), handler)
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        running.append(server)
-        return breaking, f"http://127.0.0.1:{server.server_port}"
-
-    yield start
-    for server in running:
-        server.shutdown()
-        server.server_close()
+from tests.unit.drills.conftest import BODY, WORDS
 
 
 def ask(url: str, **options: Any) -> Transcript:
@@ -189,6 +73,8 @@ def test_one_stream_survives_many_breaks(serve: Any) -> None:
     assert_whole(found)
     assert found.reconnects == 6
     assert found.resumptions == 3
+    assert len(found.breaks) == 6
+    assert "503" in found.breaks[2]
     last = [headers.get("Last-Event-ID") for headers in breaking.asked]
     assert last == [None, None, "1", "1", "2", "2", "4"]
 
@@ -230,6 +116,26 @@ def test_a_repeated_event_is_counted_and_kept(serve: Any) -> None:
     found = ask(url)
     assert found.repeats == 1
     assert found.completions[0].text == "one two two three four five"
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_client_tells_which_streams_are_read_and_which_have_to_come_back(serve: Any) -> None:
+    _, url = serve(("hang", 2), ("hang", 0))
+    client = StreamClient(url, pause_s=0.01, timeout_s=0.4)
+    thread = threading.Thread(target=client.stream, args=(BODY, "request-1"))
+    thread.start()
+    until(lambda: client.reading == 1)
+    assert client.coming_back == 0
+    until(lambda: client.coming_back == 1)
+    assert client.reading == 0
+    thread.join(20)
+    assert (client.reading, client.coming_back) == (0, 0)
 
 
 def test_load_keeps_to_its_places_and_answers_all(serve: Any) -> None:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-
-import pytest
+from collections.abc import Callable
 
 from fathom.bench.prompts import QUESTIONS
-from fathom.drills.killer import Killer, Victim
+from fathom.drills.killer import Killer
 from fathom.drills.plan import Blow, blows
 from fathom.drills.workload import MODES, distinct_requests, pick
+from tests.unit.drills.conftest import Pool
 
 KINDS = ("ingress", "shallow", "deep", "directory")
 
@@ -39,38 +36,6 @@ def test_the_victim_does_not_depend_on_the_order_of_names() -> None:
     blow = Blow(1.0, "deep", 0.7)
     assert blow.choose(["b", "a", "c"]) == blow.choose(["c", "b", "a"]) == "c"
     assert Blow(1.0, "deep", 0.0).choose(["b", "a"]) == "a"
-
-
-class Pool:
-    """Processes of one kind; a dead one is started anew when ``mend`` is called."""
-
-    def __init__(self, size: int) -> None:
-        self.processes = [self._start() for _ in range(size)]
-
-    @staticmethod
-    def _start() -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
-
-    def ready(self, kind: str) -> list[Victim]:
-        return [Victim(str(p.pid), p.pid) for p in self.processes if p.poll() is None]
-
-    def fewest(self, kind: str) -> int:
-        return 2
-
-    def mend(self) -> None:
-        self.processes = [p if p.poll() is None else self._start() for p in self.processes]
-
-    def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait()
-
-
-@pytest.fixture
-def pool() -> Iterator[Pool]:
-    found = Pool(2)
-    yield found
-    found.close()
 
 
 def until(condition: Callable[[], bool]) -> None:
