@@ -22,6 +22,7 @@ from ray import serve
 from ray.util.placement_group import placement_group_table
 
 from deployments.app import build
+from deployments.shared import credentials_of
 from fathom.config import (
     DataPlaneConfig,
     DeepConfig,
@@ -164,12 +165,13 @@ class Load:
 
 
 def test_an_update_under_load_fails_no_request(apart: TestServer, config: ServeConfig) -> None:
-    before = deployed_names("apart")
+    before, credentials = deployed_names("apart"), credentials_of("apart")
     with Load(apart, clients=3) as load:
         until(lambda: load.texts)
         changed = dataclasses.replace(config, stream_interval_s=0.01, max_queued_requests=999)
         serve.run(build(changed), name="apart", route_prefix="/apart")
         assert not before & deployed_names("apart")  # every replica is another one
+        assert credentials_of("apart") == credentials  # or old and new could not work together
         load.texts.add(load._stream())
     assert not load.faults
     assert len(load.texts) == 1  # greedy: all the same, whichever replica began or ended it
