@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +16,7 @@ LONG_QUEUE_S = 0.1
 """A deep replica whose flushes wait longer comes after one on another node that is idle."""
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
+_WAITING_S, _BETWEEN_MOVES_S = 0.01, 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,45 @@ def rank(
         )
 
     return [each.address for each in sorted(endpoints, key=key)]
+
+
+class Balance:
+    """When to leave a deep replica for another: one that was added gets no load otherwise.
+
+    Args:
+        clock: seconds. chance: from 0 to 1, new at each call: replicas that see the same must not
+            all go at once.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self._clock = clock
+        self._chance = chance
+        self._moved = clock()
+
+    def should_move(self, address: str, ranked: Sequence[str], known: Sequence[Endpoint]) -> bool:
+        """Whether to go to the first of ``ranked``.
+
+        Moving costs a rebuild of what is under way, so flushes must wait, the other must have two
+        clients fewer (else the two would only change places), and moves are a minute apart.
+
+        Args:
+            address: of the deep replica that this one flushes to. ranked: see ``rank``.
+            known: the deep replicas, as they last answered.
+        """
+        leases = {each.address: each.free_leases for each in known}
+        own = next((each for each in known if each.address == address), None)
+        if own is None or not ranked or ranked[0] == address:
+            return False
+        if own.queue_s < _WAITING_S or leases[ranked[0]] - own.free_leases < 2:
+            return False
+        if self._clock() - self._moved < _BETWEEN_MOVES_S or self._chance() > 0.5:
+            return False
+        self._moved = self._clock()
+        return True
 
 
 class Peers:

@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deployments.deep import DeepActor
-from deployments.peers import Endpoint, Peers
+from deployments.peers import Balance, Endpoint, Peers
 from deployments.replica import Replica, engine_config
 from deployments.shared import client_tls, credentials_of, open_store
 from fathom.api.backend import ReplicaReport
@@ -79,6 +79,7 @@ class ShallowReplica(Replica):
         )
         assert isinstance(engine.deep, RemoteDeepStage)
         self._deep = engine.deep
+        self._balance = Balance()
         super().__init__(config, engine)
 
     def report(self) -> ReplicaReport:
@@ -89,6 +90,16 @@ class ShallowReplica(Replica):
         """
         report = super().report()
         return dataclasses.replace(report, stats={**report.stats, **self._deep.stats()})
+
+    def check_health(self) -> None:
+        """Called by Serve every few seconds; also the time to look for a less busy deep replica.
+
+        Raises:
+            EngineDead: if the engine has died.
+        """
+        super().check_health()
+        if self._balance.should_move(self._deep.address, self._peers(), self._peers.endpoints):
+            self._engine.move_deep()
 
     def endpoint(self) -> Endpoint | None:
         """Of the deep replica beside this one; None if there is none, or it does not answer."""

@@ -21,6 +21,7 @@ DEADLINE_S = 30.0
 GIVE_UP_S = 15.0
 """Longest that a lost deep stage is replaced by another before requests fail."""
 
+_LATEST = 64
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 
 Connected = TypeVar("Connected")
@@ -147,9 +148,22 @@ class RemoteDeepStage:
         """See ``DeepStage.publish``. Goes at once: there may be no other flush for long."""
         self._exchange.send(self._ops.take(), (), publish=[KeyedBlocks(list(blocks), list(keys))])
 
+    @property
+    def address(self) -> str:
+        """Of the peer."""
+        return self._exchange.address
+
     def stats(self) -> dict[str, float]:
-        """Figures of this end."""
-        return {"flushes_away": self._exchange.num_away, "deep_reopens": self._reopened}
+        """Figures of this end; seconds are means over the latest flushes."""
+        latest = list(self.timings)[-_LATEST:]
+        count = max(len(latest), 1)
+        return {
+            "flushes_away": self._exchange.num_away,
+            "deep_reopens": self._reopened,
+            "flush_seconds": sum(each.total_s for each in latest) / count,
+            "flush_queue_seconds": sum(each.queue_s for each in latest) / count,
+            "deep_pass_seconds": sum(each.pass_s for each in latest) / count,
+        }
 
     def reopen(self) -> None:
         """See ``DeepStage.reopen``: tries every peer, again and again with longer pauses."""

@@ -99,6 +99,10 @@ class AsyncEngine:
         """The engine's figures after its last step."""
         return dict(self._stats)
 
+    def move_deep(self) -> None:
+        """See ``Engine.move_deep``; returns at once."""
+        self._post(self._engine.move_deep)
+
     def check_health(self) -> None:
         """Check that the engine's thread lives.
 

@@ -194,6 +194,11 @@ class Engine:
         self._scheduler.shallow_cache.check_integrity(running)
         self._deep.cache.check_integrity(running)
 
+    def move_deep(self) -> None:
+        """Go to the deep stage that is the best now, as if this one had been lost."""
+        if self._deep.may_be_lost:
+            self._recover()
+
     def close(self) -> None:
         """Release the deep stage and the KV store."""
         self._deep.close()

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from fathom.engine.measure import measure_stage_costs
 from fathom.engine.costs import StageCosts
+from fathom.engine.measure import measure_stage_costs
 from fathom.exits.confidence import softmax_gap
 from fathom.models.decoder import Decoder
 from fathom.models.linear import Linear

@@ -121,3 +121,25 @@ def test_with_nobody_left_requests_end_honestly_and_later_ones_find_a_new_peer(
     replicas.alive = everyone[1:]
     found, expected = run(replicas.engine, ask), run(alone, ask)
     assert {k: c.ids for k, c in found.items()} == {k: c.ids for k, c in expected.items()}
+
+
+@pytest.mark.parametrize("seed", [3])
+def test_moving_to_another_deep_replica_changes_no_token(
+    replicas: Replicas, alone: Engine, seed: int
+) -> None:
+    requests = [
+        item for item in random_requests(16, seed) if item.compute.mode is not AcceptMode.COPY
+    ]
+    engine, outputs, step = replicas.engine, [], 0
+    for item in requests:
+        engine.add_request(item)
+    while engine.has_work():
+        step += 1
+        if step % 9 == 0:
+            replicas.alive.reverse()
+            engine.move_deep()
+        outputs += engine.step()
+    whole = run(alone, requests)
+    expected = {key: [*each.ids, each.last.finish_reason.value] for key, each in whole.items()}
+    assert results(outputs) == expected
+    assert engine.deep.stats()["deep_reopens"] >= 3

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.peers import Breakers, Endpoint, Peers, rank
+from deployments.peers import Balance, Breakers, Endpoint, Peers, rank
 
 NODES = ("here", "there", "elsewhere")
 endpoints = st.lists(
@@ -125,3 +125,25 @@ def test_the_list_never_waits_and_outlives_a_question_that_fails_or_hangs() -> N
     hang.set()
     until(lambda: peers() == ["c"])
     peers.close()
+
+
+def test_a_replica_moves_where_there_is_less_to_do_and_not_too_often() -> None:
+    now, chance = [0.0], [0.0]
+    balance = Balance(clock=lambda: now[0], chance=lambda: chance[0])
+    full, new = Endpoint("full", "n", 0, 0.05), Endpoint("new", "n", 3, 0.0)
+    assert not balance.should_move("full", ["new", "full"], [full, new])  # it has just started
+    now[0] = 61.0
+    assert not balance.should_move("full", ["full", "new"], [full, new])  # it is where it should be
+    one_fewer = Endpoint("new", "n", 1, 0.0)
+    assert not balance.should_move("full", ["new", "full"], [full, one_fewer])
+    idle = Endpoint("full", "n", 0, 0.0)
+    assert not balance.should_move("full", ["new", "full"], [idle, new])
+    assert not balance.should_move("gone", ["new", "full"], [full, new])
+    chance[0] = 0.9
+    assert not balance.should_move("full", ["new", "full"], [full, new])
+    chance[0] = 0.1
+    assert balance.should_move("full", ["new", "full"], [full, new])
+    now[0] = 100.0
+    assert not balance.should_move("full", ["new", "full"], [full, new])
+    now[0] = 122.0
+    assert balance.should_move("full", ["new", "full"], [full, new])
