@@ -20,9 +20,11 @@ nothing for some seconds (it hangs, and Serve's health check has not noticed yet
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
@@ -56,6 +58,7 @@ class FathomRouter(RequestRouter):
         self._policy = RoutingPolicy(config)
         self._buried: dict[ReplicaID, float] = {}
         self._by_name: dict[str, RunningReplica] = {}
+        self._routed_by: WeakKeyDictionary[asyncio.Task[Any], PendingRequest] = WeakKeyDictionary()
 
     async def choose_replicas(
         self,
@@ -67,6 +70,7 @@ class FathomRouter(RequestRouter):
             return []
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # before a second try
+            self._routed_by[_this_task()] = pending_request
         choice = self._policy.choose(_request_of(pending_request))
         return [[self._by_name[choice.replica]]]
 
@@ -75,6 +79,17 @@ class FathomRouter(RequestRouter):
     ) -> RunningReplica | None:
         # Serve would ask a replica that it has not heard of for some seconds, and wait.
         return self._replicas.get(candidates[0].replica_id)
+
+    def _fulfill_next_pending_request(
+        self, replica: RunningReplica, request_metadata: Any = None
+    ) -> None:
+        # Serve would look the call up by an id that all calls for one HTTP request have in common:
+        # of several that wait at once, one a prompt, all but the first would wait for ever.
+        pending = self._routed_by.pop(_this_task(), None)
+        if pending is not None and not pending.future.done():
+            self._record_queue_wait_time(pending)
+            pending.future.set_result(replica)
+            self._remove_pending_request_from_indices(pending)
 
     def update_replicas(self, replicas: Sequence[RunningReplica]) -> None:
         """Called by Serve with all replicas that its controller knows to be running."""
@@ -112,6 +127,12 @@ class FathomRouter(RequestRouter):
     def _replicas_changed(self) -> None:
         self._by_name = {key.unique_id: replica for key, replica in self._replicas.items()}
         self._policy.update(self._by_name)
+
+
+def _this_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None  # Serve routes every call in a task
+    return task
 
 
 def _request_of(pending: PendingRequest | None) -> Request | None:

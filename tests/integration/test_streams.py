@@ -109,6 +109,16 @@ def test_a_client_comes_back_for_the_rest(streams: TestServer) -> None:
         assert (bad.status_code, bad.json()["error"]["param"]) == (400, "X-Request-Id")
 
 
+def test_many_prompts_of_one_request_are_routed_at_once(streams: TestServer) -> None:
+    """For Serve, all calls for one HTTP request have the same id."""
+    prompts = [f"{i} is" for i in range(16)]
+    for _ in range(3):
+        with streams.http() as http:
+            body = {"model": streams.model, "prompt": prompts, "max_tokens": 2, "ignore_eos": True}
+            choices = http.post(PATH, json=body).json()["choices"]
+        assert len(choices) == len(prompts)
+
+
 def test_the_journal_dies_under_a_stream(streams: TestServer) -> None:
     body = {"model": streams.model, **BODY, "max_tokens": 400, "stream": True}
     with streams.http() as http:
