@@ -12,6 +12,9 @@ import psutil
 import ray
 from ray import serve
 from ray._private import internal_api, worker
+from ray._private.authentication.authentication_token_setup import (
+    maybe_enable_token_auth_if_token_available,
+)
 from ray._private.state import state as gcs
 from ray.exceptions import RayError
 from ray.serve.context import _get_global_client
@@ -38,9 +41,15 @@ def hush() -> None:
 def connect() -> Callable[[], None]:
     """Connect to the Ray of this machine, or of ``RAY_ADDRESS``; returns what disconnects.
 
+    Clusters that Fathom starts ask for a token. By itself Ray would show the one that it keeps
+    for this user only where ``RAY_AUTH_MODE`` says so.
+
     Raises:
         ConnectionError: if there is none.
     """
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     hush()
     disconnect: Callable[[], None] = ray.shutdown
@@ -54,9 +63,15 @@ class Application:
 
     Args:
         url, key: of its HTTP.
+
+    Raises:
+        LookupError: if Serve has no application of that name.
     """
 
     def __init__(self, name: str, config: ServeConfig, url: str, key: str = "") -> None:
+        there = sorted(serve.status().applications)
+        if name not in there:
+            raise LookupError(f"Serve has no application {name!r}; it has {', '.join(there)}.")
         self._name = name
         self._config = config
         self._url = url
