@@ -27,6 +27,9 @@ from fathom.dataplane.protocol import (
 )
 from fathom.engine.deep import DeepLost, FlushItem
 
+_SMALL = 64
+"""Rows of a flush that fits into a connection's buffers, whatever its peer does."""
+
 SILENCE_S = 5.0
 """A peer that says nothing for so long hangs: a server gives a sign of life every second."""
 
@@ -41,8 +44,8 @@ class _Away:
 class Exchange:
     """One connection to a deep replica.
 
-    Sending and receiving have a thread each: a peer that hangs blocks neither the engine nor the
-    watch over deadlines.
+    Receiving has a thread, and so has sending what is large: a peer that hangs blocks neither the
+    engine nor the watch over deadlines.
 
     Args:
         address: of a ``DeepServer``. hello: what both ends must agree on; its ``num_blocks`` are
@@ -67,7 +70,7 @@ class Exchange:
         self._away: dict[int, _Away] = {}
         self._lock = threading.Lock()
         self._outbox: queue.SimpleQueue[Flush | None] = queue.SimpleQueue()
-        self._number = 0
+        self._number = self._queued = 0
         self._heard = time.monotonic()
         self.lease = self._connect(token, tls)
         for target in (self._send, self._receive, self._watch):
@@ -86,17 +89,26 @@ class Exchange:
         publish: Sequence[KeyedBlocks] = (),
         load: KeyedBlocks | None = None,
     ) -> Future[Reply]:
-        """Send a flush; ``DeepLost`` in the future says that the connection has ended."""
+        """Send a flush; ``DeepLost`` in the future says that the connection has ended.
+
+        To be called from one thread alone.
+        """
         answer: Future[Reply] = Future()
         with self._lock:
             lost = self._lost
             if lost is None:
                 flush = Flush(self._number, ops, items, publish, load)
                 self._away[flush.number] = _Away(flush, answer, time.monotonic())
-                self._outbox.put(flush)
                 self._number += 1
+                # Waking the thread takes as long as a small flush does; a large one may block.
+                at_once = not self._queued and sum(len(item.hidden) for item in items) <= _SMALL
+                if not at_once:
+                    self._queued += 1
+                    self._outbox.put(flush)
         if lost is not None:
             answer.set_exception(lost)
+        elif at_once:
+            self._write(flush)
         return answer
 
     def close(self) -> None:
@@ -122,14 +134,18 @@ class Exchange:
 
     def _send(self) -> None:
         while (flush := self._outbox.get()) is not None:
-            try:
-                batch, header = messages.encode_flush(flush)
-                self._writer.write_with_metadata(batch, header)
-            except Exception as error:
-                self._fail(_words(error))
-                break
+            self._write(flush)
+            with self._lock:
+                self._queued -= 1
         with contextlib.suppress(pa.ArrowException, OSError):
             self._writer.close()
+
+    def _write(self, flush: Flush) -> None:
+        try:
+            batch, header = messages.encode_flush(flush)
+            self._writer.write_with_metadata(batch, header)
+        except Exception as error:
+            self._fail(_words(error))
 
     def _receive(self) -> None:
         while True:

@@ -28,45 +28,34 @@ from fathom.dataplane.protocol import (
 from fathom.engine.deep import FlushItem, FlushResult
 from fathom.kvstore.keys import KEY_BYTES
 
-FLUSH_SCHEMA = pa.schema(
-    [
-        ("seq", pa.int64()),
-        ("blocks", pa.list_(pa.int32())),
-        ("start", pa.int32()),
-        ("outputs", pa.int32()),
-        ("copied", pa.list_(pa.int32())),
-        ("logits", pa.uint8()),
-        ("drafts", pa.list_(pa.int32())),
-        ("hidden", pa.large_binary()),
-    ]
-)
-"""One row a sequence; ``hidden`` is [rows, d] in the model's dtype, row by row."""
+FLUSH_SCHEMA = pa.schema([("items", pa.large_binary()), ("hidden", pa.large_binary())])
+"""One row. ``items`` is int64: of each sequence its id, start, rows, outputs, whether logits are
+wanted, the numbers of its blocks, copied rows and drafts, and then these. ``hidden`` is [rows of
+all, d] in the model's dtype. Few columns: each costs more than what is in it, in caches that a pass
+of the model has just emptied."""
 
-REPLY_SCHEMA = pa.schema(
-    [
-        ("best", pa.list_(pa.float32())),
-        ("argmax", pa.list_(pa.int32())),
-        ("logprobs", pa.list_(pa.float32())),
-        ("logits", pa.large_binary()),
-    ]
-)
-"""One row, a ``FlushResult``; none where there is no result."""
+REPLY_SCHEMA = pa.schema([("choices", pa.large_binary()), ("logits", pa.large_binary())])
+"""One row, a ``FlushResult``; none where there is no result. ``choices`` is float32 [2, outputs],
+best and logprobs, then int32 [outputs], argmax."""
+
+_NO_RESULT = pa.RecordBatch.from_pylist([], schema=REPLY_SCHEMA)
+
+_COUNTS = 8
+"""Numbers in front of those of a sequence's blocks, copied rows and drafts."""
 
 
 def encode_flush(flush: Flush) -> tuple[pa.RecordBatch, bytes]:
     """A record batch and its header."""
-    items = flush.items
-    columns = [
-        pa.array([item.seq_id for item in items], pa.int64()),
-        pa.array([list(item.blocks) for item in items], pa.list_(pa.int32())),
-        pa.array([item.start for item in items], pa.int32()),
-        pa.array([item.num_outputs for item in items], pa.int32()),
-        pa.array([list(item.copied) for item in items], pa.list_(pa.int32())),
-        pa.array([int(item.logits) for item in items], pa.uint8()),
-        pa.array([list(item.drafts) for item in items], pa.list_(pa.int32())),
-        pa.array([_bytes_of(item.hidden) for item in items], pa.large_binary()),
-    ]
-    batch = pa.RecordBatch.from_arrays(columns, schema=FLUSH_SCHEMA)
+    numbers: list[int] = []
+    for item in flush.items:
+        numbers += (item.seq_id, item.start, len(item.hidden), item.num_outputs, int(item.logits))
+        numbers += (len(item.blocks), len(item.copied), len(item.drafts))
+        numbers += item.blocks
+        numbers += item.copied
+        numbers += item.drafts
+    states = [item.hidden for item in flush.items]
+    hidden = _bytes_of(torch.cat(states)) if states else b""
+    batch = _batch(FLUSH_SCHEMA, np.array(numbers, np.int64).data, hidden)
     values: dict[str, Any] = {"number": flush.number}
     if flush.ops:
         values["ops"] = [(op.target, op.source) for op in flush.ops]
@@ -84,32 +73,41 @@ def decode_flush(batch: pa.RecordBatch, header: bytes, hello: Hello) -> Flush:
         ProtocolError: if it was changed on the way, or contradicts itself or the greeting.
     """
     fields = _read_header(batch, header)
-    dtype = getattr(torch, hello.dtype)
-    columns = {name: batch.column(name) for name in FLUSH_SCHEMA.names}
-    items = []
-    for row in range(batch.num_rows):
-        hidden = _tensor_of(columns["hidden"][row].as_buffer(), dtype, hello.hidden_size)
-        items.append(
-            FlushItem(
-                seq_id=columns["seq"][row].as_py(),
-                blocks=columns["blocks"][row].as_py(),
-                start=columns["start"][row].as_py(),
-                hidden=hidden,
-                num_outputs=columns["outputs"][row].as_py(),
-                copied=columns["copied"][row].as_py(),
-                logits=bool(columns["logits"][row].as_py()),
-                drafts=columns["drafts"][row].as_py(),
-            )
-        )
+    packed, states = (_buffer(batch, name) for name in FLUSH_SCHEMA.names)
+    hidden = _tensor_of(states, getattr(torch, hello.dtype), hello.hidden_size)
     flush = Flush(
         fields["number"],
         [BlockOp(target, source) for target, source in fields.get("ops", ())],
-        items,
+        _items(np.frombuffer(packed, np.int64).tolist(), hidden),
         [_keyed_of(value) for value in fields.get("publish", ())],
         _keyed_of(fields["load"]) if "load" in fields else None,
     )
     _check(flush, hello)
     return flush
+
+
+def _items(numbers: list[int], hidden: torch.Tensor) -> list[FlushItem]:
+    items: list[FlushItem] = []
+    at = row = 0
+    while at < len(numbers):
+        if at + _COUNTS > len(numbers) or min(numbers[at + 5 : at + 8]) < 0:
+            raise ProtocolError("a flush ends within a sequence.")
+        seq_id, start, rows, outputs, logits, *counts = numbers[at : at + _COUNTS]
+        lists, at = [], at + _COUNTS
+        for count in counts:
+            lists.append(numbers[at : at + count])
+            at += count
+        states = hidden[row : row + rows] if rows >= 0 else hidden[:0]
+        if at > len(numbers) or len(states) != rows:
+            raise ProtocolError(f"sequence {seq_id}: {rows} rows of states are not all there.")
+        row += rows
+        blocks, copied, drafts = lists
+        items.append(
+            FlushItem(seq_id, blocks, start, states, outputs, copied, bool(logits), drafts)
+        )
+    if row != len(hidden):
+        raise ProtocolError(f"{len(hidden)} rows of states came for {row}.")
+    return items
 
 
 def encode_lease(lease: Lease) -> tuple[pa.RecordBatch, bytes]:
@@ -147,13 +145,9 @@ def encode_reply(reply: Reply) -> tuple[pa.RecordBatch, bytes]:
     result = reply.result
     batch = _no_result()
     if result is not None:
-        columns = [
-            pa.array([list(result.best)], pa.list_(pa.float32())),
-            pa.array([list(result.argmax)], pa.list_(pa.int32())),
-            pa.array([list(result.logprobs)], pa.list_(pa.float32())),
-            pa.array([_bytes_of(result.logits)], pa.large_binary()),
-        ]
-        batch = pa.RecordBatch.from_arrays(columns, schema=REPLY_SCHEMA)
+        scores = np.array([result.best, result.logprobs], np.float32).tobytes()
+        choices = scores + np.array(result.argmax, np.int32).tobytes()
+        batch = _batch(REPLY_SCHEMA, choices, _bytes_of(result.logits))
     values: dict[str, Any] = {
         "number": reply.number,
         "loaded": reply.loaded,
@@ -178,14 +172,12 @@ def decode_reply(batch: pa.RecordBatch, header: bytes, hello: Hello) -> Reply | 
         raise ProtocolError("the deep replica closes.")
     result = None
     if batch.num_rows:
-        columns = {name: batch.column(name)[0] for name in REPLY_SCHEMA.names}
-        buffer, dtype = columns["logits"].as_buffer(), getattr(torch, hello.dtype)
-        result = FlushResult(
-            columns["best"].as_py(),
-            columns["argmax"].as_py(),
-            columns["logprobs"].as_py(),
-            _tensor_of(buffer, dtype, hello.vocab_size),
-        )
+        choices, logits = (_buffer(batch, name) for name in REPLY_SCHEMA.names)
+        outputs = len(choices) // 12
+        best, logprobs = np.frombuffer(choices, np.float32, 2 * outputs).reshape(2, -1).tolist()
+        argmax = np.frombuffer(choices, np.int32, offset=8 * outputs).tolist()
+        dtype = getattr(torch, hello.dtype)
+        result = FlushResult(best, argmax, logprobs, _tensor_of(logits, dtype, hello.vocab_size))
     return Reply(
         fields["number"],
         result,
@@ -197,7 +189,20 @@ def decode_reply(batch: pa.RecordBatch, header: bytes, hello: Hello) -> Reply | 
 
 
 def _no_result() -> pa.RecordBatch:
-    return pa.RecordBatch.from_pylist([], schema=REPLY_SCHEMA)
+    return _NO_RESULT
+
+
+def _batch(schema: pa.Schema, *values: bytes | memoryview) -> pa.RecordBatch:
+    """One row of bytes."""
+    columns = [pa.array([value], pa.large_binary()) for value in values]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _buffer(batch: pa.RecordBatch, name: str) -> pa.Buffer:
+    """The one value of a column."""
+    if batch.num_rows != 1:
+        raise ProtocolError(f"a message has {batch.num_rows} rows in place of one.")
+    return batch.column(name)[0].as_buffer()
 
 
 def _keyed(value: KeyedBlocks) -> tuple[list[int], str]:
@@ -271,17 +276,9 @@ def _read_header(batch: pa.RecordBatch, header: bytes | None) -> Mapping[str, An
 def _checksum(batch: pa.RecordBatch) -> int:
     """CRC-32 of the values, however the batch lies in memory on either end."""
     checksum = 0
-    for column in batch.columns:
-        kind = column.type
-        if pa.types.is_large_binary(kind):
-            for value in column:
-                checksum = zlib.crc32(value.as_buffer(), checksum)
-        else:
-            flat = column.flatten() if pa.types.is_list(kind) else column
-            checksum = zlib.crc32(flat.to_numpy(False).tobytes(), checksum)
-            if pa.types.is_list(kind):
-                lengths = column.value_lengths().to_numpy(False)
-                checksum = zlib.crc32(lengths.tobytes(), checksum)
+    if batch.num_rows:
+        for name in batch.schema.names:
+            checksum = zlib.crc32(_buffer(batch, name), checksum)
     return checksum
 
 

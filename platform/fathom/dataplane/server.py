@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hmac
 import queue
@@ -128,12 +129,12 @@ class _FlightServer(flight.FlightServerBase):
             first = deep.leases.take(hello.num_blocks)
         except ProtocolError as error:
             raise flight.FlightServerError(str(error)) from error
-        exchange = _Exchange(deep, hello, first)
+        exchange = _Exchange(deep, hello, first, writer)
         deep.exchanges.add(exchange)
         try:
             writer.begin(messages.REPLY_SCHEMA)
             _write(writer, messages.encode_lease(Lease(hello.num_blocks, deep.costs)))
-            exchange.run(reader, writer)
+            exchange.run(reader)
         except ProtocolError as error:
             raise flight.FlightServerError(str(error)) from error
         finally:
@@ -143,17 +144,19 @@ class _FlightServer(flight.FlightServerBase):
 
 
 class _Exchange:
-    """Flushes come in on the caller's thread, replies go out on one of their own."""
+    """Flushes come in on the caller's thread; a thread replies to what is not answered at once."""
 
-    def __init__(self, deep: _Deep, hello: Hello, first: int) -> None:
+    def __init__(self, deep: _Deep, hello: Hello, first: int, writer: Any) -> None:
         self._deep = deep
+        self._writer = writer
+        self._writing = threading.Lock()
         self._hello = hello
         self._first = first
         self._away: set[Future[Any]] = set()
         self._lock = threading.Lock()
         self._outbox: queue.SimpleQueue[Callable[[], Message] | None] = queue.SimpleQueue()
 
-    def run(self, reader: Any, writer: Any) -> None:
+    def run(self, reader: Any) -> None:
         """Answer flushes until the client has no more.
 
         Raises:
@@ -163,7 +166,7 @@ class _Exchange:
         blocks = range(1, self._hello.num_blocks + 1)
         scrub = Flush(0, [BlockOp(block) for block in blocks], [])
         self._deep.worker.submit([], lambda: self._prepare(scrub)).result()
-        replying = threading.Thread(target=self._reply, args=(writer,), daemon=True)
+        replying = threading.Thread(target=self._reply, daemon=True)
         replying.start()
         try:
             while True:
@@ -199,8 +202,9 @@ class _Exchange:
         work = self._deep.worker.submit(items, lambda: self._prepare(flush))
         self._track(work)
         if flush.load is None:
+            large = any(item.logits for item in items)
             work.add_done_callback(
-                lambda done: self._outbox.put(lambda: _answered(flush.number, done))
+                lambda done: self._put(lambda: _answered(flush.number, done), large=large)
             )
         else:
             load = flush.load
@@ -231,11 +235,11 @@ class _Exchange:
         """Load blocks beside the passes: nobody else looks at them."""
         shared = self._deep.shared
         if shared is None:
-            self._outbox.put(lambda: messages.encode_reply(Reply(number, None, _NO_STORE)))
+            self._put(lambda: messages.encode_reply(Reply(number, None, _NO_STORE)))
             return
         loaded = shared.load(self._own_blocks(load.blocks), load.keys)
         self._track(loaded)
-        loaded.add_done_callback(lambda done: self._outbox.put(lambda: _loaded(number, done)))
+        loaded.add_done_callback(lambda done: self._put(lambda: _loaded(number, done)))
 
     def _own(self, block: int) -> int:
         """The pool's block for a client's: its first one is 1."""
@@ -244,20 +248,34 @@ class _Exchange:
     def _own_blocks(self, blocks: Sequence[int]) -> list[int]:
         return [self._own(block) for block in blocks]
 
-    def _reply(self, writer: Any) -> None:
+    def _put(self, made: Callable[[], Message], *, large: bool = False) -> None:
+        """Reply at once, or leave it to the thread: waking that takes as long as a small reply.
+
+        Called on the stage's thread, which no client may block: what is large, or has to wait
+        for another reply, goes to the thread.
+        """
+        if large or not self._writing.acquire(blocking=False):
+            self._outbox.put(made)
+            return
+        try:
+            self._write(made())
+        finally:
+            self._writing.release()
+
+    def _reply(self) -> None:
         while True:
             try:
                 made = self._outbox.get(timeout=BEAT_S)
             except queue.Empty:
-                message = messages.encode_beat()
-            else:
-                if made is None:
-                    return
-                message = made()
-            try:
-                _write(writer, message)
-            except (pa.ArrowException, OSError):
-                return  # nobody listens any more
+                made = messages.encode_beat
+            if made is None:
+                return
+            with self._writing:
+                self._write(made())
+
+    def _write(self, message: Message) -> None:
+        with contextlib.suppress(pa.ArrowException, OSError):  # nobody listens any more
+            _write(self._writer, message)
 
 
 def _answered(number: int, done: Future[Work]) -> Message:
