@@ -149,7 +149,8 @@ class ServeConfig:
             number, so that none is missing meanwhile, at least one a kind; they need cores. 0
             stops old replicas before it starts new ones; requests wait for those.
         stream_interval_s: a stream's first token leaves at once; afterwards tokens that come
-            within this many seconds travel together. 0 sends each engine step's at once.
+            within this many seconds travel together, or within more where many streams run: a
+            replica sends at most 200 pieces a second. 0 sends each engine step's at once.
         keep_streams_s: seconds for which a stream whose connection broke is kept, so that its
             client can have the rest. Until then, prompts and answers are in the memory of the
             journal's process. 0 keeps none, and streams' events carry no ids.

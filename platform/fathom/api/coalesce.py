@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+import math
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 from fathom.types import RequestOutput
@@ -33,7 +34,7 @@ def merge_outputs(outputs: list[RequestOutput]) -> list[RequestOutput]:
 
 
 async def coalesce(
-    outputs: AsyncIterator[RequestOutput], interval_s: float
+    outputs: AsyncIterator[RequestOutput], interval_s: Callable[[], float]
 ) -> AsyncGenerator[list[RequestOutput], None]:
     """Yield the first output at once, and afterwards at most one list every ``interval_s``.
 
@@ -42,7 +43,7 @@ async def coalesce(
 
     Args:
         outputs: an engine's outputs; closed (which cancels the request) when this generator is.
-        interval_s: seconds between two lists; 0 only joins what is there already.
+        interval_s: gives the seconds between two lists; 0 only joins what is there already.
 
     Raises:
         Whatever ``outputs`` raises, after everything that came before it.
@@ -64,11 +65,11 @@ async def coalesce(
 
     task = asyncio.create_task(pump())
     loop = asyncio.get_running_loop()
-    last = -interval_s
+    last = -math.inf
     try:
         while True:
             await news.wait()
-            wait_s = last + interval_s - loop.time()
+            wait_s = last + interval_s() - loop.time()
             if wait_s > 0 and not ended.is_set():
                 await _wait_at_most(ended, wait_s)
             news.clear()

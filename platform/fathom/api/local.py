@@ -10,6 +10,10 @@ from fathom.api.backend import BackendUnavailable, ModelInfo, ReplicaReport
 from fathom.api.coalesce import coalesce
 from fathom.types import InvalidRequest, Request, RequestOutput
 
+MAX_PIECES_A_SECOND = 200
+"""Pieces that leave one engine. Each costs about a millisecond on its way through Serve and the
+ingress, whatever is in it: at 16 streams a token at a time would take half of a core."""
+
 
 class Engine(Protocol):
     """What is used of ``fathom.engine.async_engine.AsyncEngine``."""
@@ -28,20 +32,22 @@ class LocalBackend:
 
     Args:
         name: this engine's name in metrics.
-        interval_s: seconds between two pieces of a request's output, after the first piece.
+        interval_s: seconds between two pieces of a request's output, after the first piece; more
+            where so many requests run that their pieces would come too fast.
     """
 
     def __init__(self, engine: Engine, *, name: str = "local", interval_s: float = 0.02) -> None:
         self._engine = engine
         self._name = name
         self._interval_s = interval_s
+        self._live = 0
 
     async def generate(self, request: Request) -> AsyncGenerator[list[RequestOutput], None]:
         """See ``Backend.generate``."""
+        self._live += 1
         try:
-            async with aclosing(
-                coalesce(self._engine.generate(request), self._interval_s)
-            ) as batches:
+            pieces = coalesce(self._engine.generate(request), self._interval)
+            async with aclosing(pieces) as batches:
                 async for batch in batches:
                     yield batch
         except InvalidRequest:
@@ -52,6 +58,11 @@ class LocalBackend:
             except Exception as cause:
                 raise BackendUnavailable(f"The engine has stopped: {cause}") from cause
             raise error
+        finally:
+            self._live -= 1
+
+    def _interval(self) -> float:
+        return max(self._interval_s, self._live / MAX_PIECES_A_SECOND) if self._interval_s else 0.0
 
     def report(self) -> ReplicaReport:
         """The engine's figures.

@@ -50,7 +50,7 @@ def test_first_at_once_then_together() -> None:
     async def run() -> tuple[list[str], list[float]]:
         texts, times = [], []
         start = time.perf_counter()
-        async for batch in coalesce(source(0.01, []), 0.1):
+        async for batch in coalesce(source(0.01, []), lambda: 0.1):
             texts.append("".join(o.text for o in batch))
             times.append(time.perf_counter() - start)
         return texts, times
@@ -66,7 +66,7 @@ def test_first_at_once_then_together() -> None:
 
 def test_no_interval_passes_everything_on() -> None:
     async def run() -> list[str]:
-        return ["".join(o.text for o in b) async for b in coalesce(source(0.002, []), 0.0)]
+        return ["".join(o.text for o in b) async for b in coalesce(source(0.002, []), lambda: 0.0)]
 
     texts = asyncio.run(run())
     assert "".join(texts) == "abcdefghijklmnopqrst"
@@ -78,7 +78,7 @@ def test_closing_closes_the_source(interval_s: float) -> None:
     log: list[str] = []
 
     async def run() -> None:
-        async with aclosing(coalesce(source(0.01, log), interval_s)) as batches:
+        async with aclosing(coalesce(source(0.01, log), lambda: interval_s)) as batches:
             async for _ in batches:
                 break
         assert log == ["closed"]
@@ -90,7 +90,7 @@ def test_cancelling_the_reader_closes_the_source() -> None:
     log: list[str] = []
 
     async def read() -> None:
-        async for _ in coalesce(source(10, log), 0.01):
+        async for _ in coalesce(source(10, log), lambda: 0.01):
             pass
 
     async def run() -> None:
@@ -113,7 +113,7 @@ def test_an_error_comes_after_what_was_before_it() -> None:
     seen: list[str] = []
 
     async def run() -> None:
-        async for batch in coalesce(failing(), 0.5):
+        async for batch in coalesce(failing(), lambda: 0.5):
             seen.extend(o.text for o in batch)
 
     start = time.perf_counter()
