@@ -186,7 +186,7 @@ samplings = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     prompt=st.lists(st.integers(0, 255), min_size=1, max_size=20),
     compute=policies,

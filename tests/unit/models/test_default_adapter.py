@@ -28,7 +28,7 @@ def build(model: Path, adapter: str, dtype: str) -> Engine:
 def scored(engine: Engine, compute: ComputePolicy) -> list[list[Token]]:
     """Each chat's prompt and greedy answer, every token with its five best log-probabilities."""
     assert engine.tokenizer is not None
-    params = SamplingParams(max_tokens=24, logprobs=5, prompt_logprobs=5)
+    params = SamplingParams(max_tokens=12, logprobs=5, prompt_logprobs=5)
     for index, chat in enumerate(CHATS):
         prompt = engine.tokenizer.apply_chat_template([{"role": "user", "content": chat}])
         engine.add_request(
