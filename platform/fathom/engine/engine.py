@@ -12,6 +12,7 @@ from fathom.engine import sampling
 from fathom.engine.accept import judge
 from fathom.engine.costs import FlushRule, StageCosts
 from fathom.engine.deep import DeepLost, DeepStage, FlushResult
+from fathom.engine.figures import figures
 from fathom.engine.flights import Answer, Flights, reads_logits
 from fathom.engine.info import EngineInfo
 from fathom.engine.output import confirm, take_output
@@ -163,26 +164,7 @@ class Engine:
 
     def stats(self) -> dict[str, float]:
         """Figures of this moment and totals since the start; names as in the metrics."""
-        total = self.ledger.total
-        caches = (self._scheduler.shallow_cache, self._deep.cache)
-        usage = max(1 - c.num_available_blocks / c.num_usable_blocks for c in caches)
-        return {
-            "num_requests_running": len(self._scheduler.running),
-            "num_requests_waiting": len(self._scheduler.waiting) + self._num_unforked(),
-            "kv_cache_usage_perc": usage,
-            "prefix_cache_queries": self._scheduler.prefix_queries,
-            "prefix_cache_hits": self._scheduler.prefix_hits,
-            "kv_store_hits": 0 if self._scheduler.shared is None else self._scheduler.shared.tokens,
-            "num_preemptions": total.preemptions,
-            "exit_rate": total.exit_rate,
-            "acceptance_rate": total.acceptance_rate or 0.0,
-            "layers_per_token": total.layers_per_token,
-            "mean_depth": total.mean_depth,
-            "flushes": total.flushes,
-            "flush_rows": total.flush_rows / max(total.flushes, 1),
-            "generation_tokens": total.decided,
-            "flops": total.flops,
-        }
+        return figures(self._scheduler, self._deep, self.ledger)
 
     def check_integrity(self) -> None:
         """Check that blocks and sequences add up; cheap enough for tests and idle moments.
@@ -449,6 +431,3 @@ class Engine:
         output = take_output(seq, ended=ended)
         if output is not None:
             self._outputs.append(output)
-
-    def _num_unforked(self) -> int:
-        return sum(len(seq.children) for family in self._live.values() for seq in family)
