@@ -69,6 +69,9 @@ class EngineConfig:
         max_num_batched_tokens: most rows of one shallow or deep pass.
         max_model_len: longest prompt + completion in tokens; 0 takes the model's.
         prefix_caching: reuse the KV blocks of equal prefixes.
+        pause_drafting: mode ``exact`` goes to full depth while drafting does not pay, by the
+            stages' measured costs and the exits' rates. Tokens are the same; their depths depend
+            on the load then.
         compute: the compute policy of requests that do not say.
     """
 
@@ -85,6 +88,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     max_model_len: int = 0
     prefix_caching: bool = True
+    pause_drafting: bool = True
     compute: ComputePolicy = field(default_factory=ComputePolicy)
 
     def validate(self) -> None:

@@ -147,6 +147,7 @@ def engine_over(
         scheduler=scheduler,
         ledger=ledger,
         stage_costs=costs,
+        pause_drafting=config.pause_drafting,
         tokenizer=tokenizer,
         new_detokenizer=partial(IncrementalDetokenizer, tokenizer) if tokenizer else None,
     )

@@ -12,6 +12,7 @@ from fathom.engine import sampling
 from fathom.engine.accept import judge
 from fathom.engine.costs import FlushRule, StageCosts
 from fathom.engine.deep import DeepLost, DeepStage, FlushResult
+from fathom.engine.drafting import DraftRule
 from fathom.engine.figures import figures
 from fathom.engine.flights import Answer, Flights, reads_logits
 from fathom.engine.info import EngineInfo
@@ -54,6 +55,7 @@ class Engine:
         scheduler: Scheduler,
         ledger: Ledger,
         stage_costs: StageCosts,
+        pause_drafting: bool = True,
         tokenizer: object | None = None,
         new_detokenizer: DetokenizerFactory | None = None,
     ) -> None:
@@ -66,6 +68,7 @@ class Engine:
         self._scheduler = scheduler
         self._new_detokenizer = new_detokenizer
         self._flush_rule = FlushRule(stage_costs)
+        self._draft_rule = DraftRule(stage_costs) if pause_drafting else None
         self._keep_states = deep.may_be_lost or scheduler.shared is not None
         self._flights = Flights(deep, ledger, keep_states=self._keep_states)
         self._live: dict[str, list[Sequence]] = {}
@@ -164,7 +167,10 @@ class Engine:
 
     def stats(self) -> dict[str, float]:
         """Figures of this moment and totals since the start; names as in the metrics."""
-        return figures(self._scheduler, self._deep, self.ledger)
+        return {
+            **figures(self._scheduler, self._deep, self.ledger),
+            "drafting_paused": float(self._draft_rule is not None and self._draft_rule.paused),
+        }
 
     def check_integrity(self) -> None:
         """Check that blocks and sequences add up; cheap enough for tests and idle moments.
@@ -190,10 +196,14 @@ class Engine:
     # Draft
 
     def _draft(self, work: list[ShallowWork]) -> None:
-        decided = self._shallow.run(work)
+        rule = self._draft_rule
+        pause = rule is not None and rule.pause(len(self._scheduler.running))
+        decided = self._shallow.run(work, pause=pause)
         self._flush_rule.drafted(len(decided))
         for seq, logits in decided:
             decision = seq.pending[-1]
+            if rule is not None and not math.isnan(decision.confidence):
+                rule.decided(exited=decision.token is not None)
             if decision.token is None:
                 continue
             compute = seq.request.compute
@@ -343,6 +353,8 @@ class Engine:
             drafted = decision.token is not None
             if drafted and not decision.resumed:
                 self.ledger.enter_verdict(seq.compute, accepted=verdict.agreed)
+                if self._draft_rule is not None:
+                    self._draft_rule.judged(agreed=verdict.agreed)
             if drafted and not verdict.kept:
                 self._cut(seq, decision.position + 1)
             if not verdict.kept:
@@ -365,6 +377,7 @@ class Engine:
         del seq.tokens[length:]
         seq.shallow_len = min(seq.shallow_len, length)
         seq.deep_len = min(seq.deep_len, length)
+        seq.exit_len = min(seq.exit_len, length)
         seq.states.cut(length)
         self._scheduler.shallow_cache.truncate(seq.seq_id, seq.shallow_len)
         self._deep.cache.truncate(seq.seq_id, seq.deep_len)

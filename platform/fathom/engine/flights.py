@@ -145,7 +145,7 @@ class Flights:
             for share in shares:
                 share.seq.deep_len += share.rows
                 if not self._keep_states:
-                    share.seq.states.drop(share.seq.deep_len)
+                    share.seq.states.drop(share.seq.states_due)
                 logits = share.outputs if reads_logits(share.seq) else 0
                 yield Answer(share, result.part(row, share.outputs, logits_row, logits))
                 row += share.outputs

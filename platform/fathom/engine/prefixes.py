@@ -146,7 +146,7 @@ class SharedPrefixes:
         deep = load.first + load.deep.result() * size
         if load.shallow is not None:
             count = load.shallow.result() * size
-            seq.shallow_len = load.first + count
+            seq.shallow_len = seq.exit_len = load.first + count
             seq.states = ExitStates(load.first)
             if count:
                 assert load.states is not None

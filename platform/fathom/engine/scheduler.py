@@ -144,6 +144,8 @@ class Scheduler:
         final = min(seq.shallow_len, seq.deep_len, seq.confirmed) // size
         if seq.request.compute.copies_states:  # copied keys and values are nobody else's
             final = min(final, seq.num_prompt // size)
+        if seq.request.compute.drafts:  # a block has all that its key promises
+            final = min(final, seq.exit_len // size)
         self._extend_keys(seq)
         if final > seq.published_blocks:
             self.shallow_cache.publish(seq.seq_id, seq.shallow_keys[:final])

@@ -44,15 +44,18 @@ class Sequence:
     """State of one completion.
 
     Positions [0, shallow_len) have shallow KV, [0, deep_len) have deep KV, and the exit-layer
-    hidden states of [deep_len, shallow_len) are the *stack*. Rows before ``decided`` have chosen
+    hidden states of [deep_len, shallow_len) are the *stack*. Those of [0, exit_len) have KV in the
+    exit layers, which lag behind where drafting pauses. Rows before ``decided`` have chosen
     their token. Tokens before ``confirmed`` are final.
 
     Attributes:
         seq_id: the key in both KV caches.
         index: which of the request's completions. seed: of its draws.
         tokens: prompt and output, drafts included. stop_ids: tokens that end it.
-        states: exit-layer hidden states, those of the stack at least. Earlier ones are kept where
-            the deep stage may be lost, or blocks are shared.
+        states: exit-layer hidden states, those of the stack at least, and those that the exit
+            layers have not seen. Earlier ones are kept where the deep stage may be lost, or blocks
+            are shared.
+        never_drafts: the exit layers lag too far behind to catch up.
         pending: decisions that no flush has looked at; positions are >= deep_len.
         waiting: it needs the deep stage before it can go on.
         in_flight: its stack is away in a flush.
@@ -80,6 +83,8 @@ class Sequence:
     deep_keys: list[BlockKey] = field(default_factory=list)
     shallow_len: int = 0
     deep_len: int = 0
+    exit_len: int = 0
+    never_drafts: bool = False
     states: ExitStates = field(default_factory=ExitStates)
     pending: list[Decision] = field(default_factory=list)
     copied: list[int] = field(default_factory=list)
@@ -133,6 +138,12 @@ class Sequence:
         return self.waiting and not self.in_flight and self.rows_due == 0
 
     @property
+    def states_due(self) -> int:
+        """Position of the first exit state that a stage has not seen."""
+        catches_up = self.request.compute.drafts and not self.never_drafts
+        return min(self.deep_len, self.exit_len) if catches_up else self.deep_len
+
+    @property
     def num_drafts(self) -> int:
         """Drafted tokens that no flush has looked at."""
         return sum(decision.token is not None for decision in self.pending)
@@ -164,6 +175,7 @@ class Sequence:
 
     def restart(self, length: int) -> None:
         """Go on from the first ``length`` positions, which have KV in both stages."""
-        self.shallow_len = self.deep_len = length
+        self.shallow_len = self.deep_len = self.exit_len = length
+        self.never_drafts = False
         self.published_blocks = self.shared_blocks = 0
         self.states = ExitStates(length)

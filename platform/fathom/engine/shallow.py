@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
+from itertools import accumulate
 
 import torch
 
 from fathom.attention.backend import SequenceRows
 from fathom.attention.paged_cache import PagedKVCache
 from fathom.engine import sampling
+from fathom.engine.drafting import CATCH_UP_ROWS, MAX_LAG, is_scout, may_pause
 from fathom.engine.random import Draw, uniform
 from fathom.engine.scheduler import ShallowWork
 from fathom.engine.sequence import Decision, Sequence
@@ -34,8 +36,13 @@ class ShallowStage:
         self._ledger = ledger
         self.traced = False
 
-    def run(self, work: Rows[ShallowWork]) -> list[tuple[Sequence, torch.Tensor | None]]:
+    def run(
+        self, work: Rows[ShallowWork], *, pause: bool = False
+    ) -> list[tuple[Sequence, torch.Tensor | None]]:
         """Run one pass, push the exit states on the sequences' stacks, and decide.
+
+        Args:
+            pause: sequences draft nothing whose tokens do not depend on it.
 
         Returns:
             the sequences that decided a token (their last pending decision), each with the exit
@@ -44,59 +51,82 @@ class ShallowStage:
         decoder = self._stage.decoder
         ids: list[int] = []
         rows: list[SequenceRows] = []
+        deciding: list[tuple[Sequence, int]] = []
         for item in work:
             seq, start = item.seq, item.seq.shallow_len
             ids += seq.tokens[start : start + item.num_rows]
             rows.append(self._cache.rows(seq.seq_id, start, item.num_rows))
-            self._ledger.enter_rows(
-                seq.compute,
-                start=start,
-                rows=item.num_rows,
-                first_decision=seq.num_prompt - 1,
-                layers=self._ledger.costs.shallow_layers(drafts=seq.request.compute.drafts),
-            )
+            self._enter(seq, start, item.num_rows, self._ledger.costs.exit_layer)
+            if item.decides:
+                deciding.append((seq, len(ids) - 1))
         whole = self._stage.plan(rows)
         hidden = decoder.embed(torch.tensor(ids, dtype=torch.int64, device=decoder.device))
         hidden = self._stage.run(whole, hidden)
-        exit_states = self._exit_states(work, rows, whole, hidden)
-
-        deciding = [item.decides for item in work]
-        last_rows: list[int] = []
         row = 0
         for item in work:
             item.seq.states.append(hidden[row : row + item.num_rows])
             item.seq.shallow_len += item.num_rows
             row += item.num_rows
-            last_rows.append(row - 1)
-        return self._decide(
-            [(w.seq, r) for w, r, d in zip(work, last_rows, deciding, strict=True) if d],
-            exit_states,
-        )
+        return self._decide(deciding, self._exit_states(work, whole, hidden, pause=pause))
 
     def _exit_states(
-        self,
-        work: Rows[ShallowWork],
-        rows: Rows[SequenceRows],
-        whole: Pass,
-        hidden: torch.Tensor,
+        self, work: Rows[ShallowWork], whole: Pass, hidden: torch.Tensor, *, pause: bool
     ) -> torch.Tensor:
-        """What the exit head reads: [rows, d], undefined where a sequence never drafts.
+        """What the exit head reads: [rows, d], undefined where a sequence does not draft.
 
         Every row of a sequence that drafts passes the exit layers, for later rows look back at it.
+        Rows that came in a pause pass them when it is over.
         """
-        if self._stage.exit_layers is None:
+        places = self._exit_rows(work, pause=pause)
+        for seq, start, count in places:
+            self._enter(seq, start, count, self._ledger.costs.exit_layers)
+            seq.exit_len = start + count
+        if self._stage.exit_layers is None or not places:
             return hidden
-        drafts = [item.seq.request.compute.drafts for item in work]
-        if all(drafts):
+        if sum(count for _, _, count in places) == len(hidden) and len(places) == len(work):
             return self._stage.run_exit_layers(whole, hidden)
-        if not any(drafts):
-            return hidden
-        part = self._stage.plan([r for r, own in zip(rows, drafts, strict=True) if own])
-        mask = torch.tensor(drafts).repeat_interleave(torch.tensor([r.num_rows for r in rows]))
-        index = mask.nonzero().flatten().to(hidden.device)
+        part = self._stage.plan([self._cache.rows(s.seq_id, start, n) for s, start, n in places])
+        states = torch.cat([s.states.rows(start, start + n) for s, start, n in places])
+        states = self._stage.run_exit_layers(part, states)
         exit_states = torch.empty_like(hidden)
-        exit_states[index] = self._stage.run_exit_layers(part, hidden[index])
+        ends = dict(
+            zip((s for s, _, _ in places), accumulate(n for _, _, n in places), strict=True)
+        )
+        row = 0
+        for item in work:
+            row += item.num_rows
+            end = ends.get(item.seq)
+            if end is not None and item.seq.exit_len == item.seq.shallow_len:
+                exit_states[row - item.num_rows : row] = states[end - item.num_rows : end]
         return exit_states
+
+    def _exit_rows(
+        self, work: Rows[ShallowWork], *, pause: bool
+    ) -> list[tuple[Sequence, int, int]]:
+        """Which rows pass the exit layers now: sequence, first position, how many."""
+        places: list[tuple[Sequence, int, int]] = []
+        spare = CATCH_UP_ROWS
+        for item in work:
+            seq, own = item.seq, item.num_rows
+            lag = seq.shallow_len - own - seq.exit_len
+            if lag > MAX_LAG:
+                seq.never_drafts = True
+            if not seq.request.compute.drafts or seq.never_drafts:
+                continue
+            answers = seq.shallow_len > seq.num_prompt and own == 1
+            if pause and answers and may_pause(seq) and not is_scout(seq):
+                continue
+            if lag <= spare:
+                places.append((seq, seq.exit_len, lag + own))
+            elif spare:
+                places.append((seq, seq.exit_len, spare))
+            spare -= min(lag, spare)
+        return places
+
+    def _enter(self, seq: Sequence, start: int, rows: int, layers: int) -> None:
+        self._ledger.enter_rows(
+            seq.compute, start=start, rows=rows, first_decision=seq.num_prompt - 1, layers=layers
+        )
 
     def _decide(
         self, deciding: Rows[tuple[Sequence, int]], hidden: torch.Tensor
@@ -130,6 +160,8 @@ class ShallowStage:
     def _may_draft(self, seq: Sequence) -> bool:
         compute = seq.request.compute
         if not compute.drafts or seq.num_drafts >= compute.max_stack or not seq.max_tokens:
+            return False
+        if seq.exit_len < seq.shallow_len:  # its exit state is not there
             return False
         # Held drafts cannot be shown before a flush: let the first token come as early as full
         # depth can make it, with the prompt's own flush. Nor is a prompt's row ever copied.

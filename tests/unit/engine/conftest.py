@@ -92,6 +92,7 @@ def make_engine_of(
         model=str(directory),
         dtype="float32",
         block_size=fields.pop("block_size", 8),
+        pause_drafting=fields.pop("pause_drafting", False),  # depths must not depend on speed
         **fields,
     )
     num_layers = NUM_LAYERS + (trained.exit_layers if trained else 0)

@@ -1,0 +1,154 @@
+"""Drafting that pauses: nobody sees it in the tokens, and it pays."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from fathom.engine import drafting
+from fathom.engine.costs import CostCurve, StageCosts
+from fathom.engine.drafting import DraftRule
+from fathom.engine.engine import Engine
+from fathom.models.adapters import Adapter
+from fathom.types import AcceptMode, ComputePolicy
+from tests.unit.engine.conftest import drain, request, run
+
+FLAT = CostCurve(((1, 1.0), (64, 1.5)))
+STEEP = CostCurve(((1, 10.0), (64, 640.0)))
+CHEAP = CostCurve(((1, 0.5), (64, 0.6)))
+DEEP = CostCurve(((1, 10.0), (64, 14.0)))
+
+
+def told(costs: StageCosts, exit_share: float, agreed: float, rows: int = 400) -> DraftRule:
+    rule = DraftRule(costs)
+    for i in range(rows):
+        rule.decided(exited=i < exit_share * rows)
+    for i in range(int(exit_share * rows)):
+        rule.judged(agreed=i < agreed * exit_share * rows)
+    return rule
+
+
+def test_one_sequence_gains_what_the_formula_of_free_md_says() -> None:
+    """Every draft right, e exits a row: 1 / (1 - e) tokens in 1 / (1 - e) shallow steps and a
+    deep pass, up to the longest round."""
+    rule = told(StageCosts(shallow=FLAT, shallow_full=FLAT, deep=DEEP), 0.5, 1.0)
+    tokens = sum(0.5**j for j in range(9))
+    # right = (e a)^j with a = (agreed + 1) / (judged + 1) = 1
+    expected = tokens / (tokens + DEEP(tokens)) / (1 / (1 + DEEP(1)))
+    assert rule.gain(1) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("deep", "exit_share", "agreed", "sequences", "pause"),
+    [
+        (DEEP, 0.8, 0.95, 1, False),  # weights are read once for many rows
+        (DEEP, 0.8, 0.95, 4, False),
+        (STEEP, 0.8, 0.95, 8, True),  # each row costs its full price, exit layers on top
+        (DEEP, 0.02, 0.9, 1, True),  # hardly anything exits
+        (DEEP, 0.8, 0.1, 8, True),  # hardly anything that exits is right
+    ],
+)
+def test_the_rule(
+    deep: CostCurve, exit_share: float, agreed: float, sequences: int, pause: bool
+) -> None:
+    costs = StageCosts(shallow=FLAT, shallow_full=CHEAP, deep=deep)
+    assert told(costs, exit_share, agreed).pause(sequences) is pause
+
+
+def test_no_judgement_without_evidence() -> None:
+    costs = StageCosts(shallow=FLAT, shallow_full=CHEAP, deep=STEEP)
+    rule = told(costs, 0.0, 0.0, rows=10)
+    assert not rule.pause(8)
+    assert told(costs, 0.0, 0.0).pause(8)
+
+
+class Dice:
+    """Pauses at random."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self.paused = False
+
+    def pause(self, sequences: int) -> bool:
+        self.paused = self._random.random() < 0.6
+        return self.paused
+
+    def decided(self, *, exited: bool) -> None: ...
+
+    def judged(self, *, agreed: bool) -> None: ...
+
+
+def engine_with_dice(make_engine, seed: int, **fields) -> Engine:
+    engine = make_engine(pause_drafting=True, **fields)
+    engine._draft_rule = Dice(seed)
+    return engine
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_pauses_at_random_change_no_token(
+    make_engine, exit_adapter: Adapter, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few blocks preempt, scouts draft, a lag is caught up in pieces or given up."""
+    monkeypatch.setattr(drafting, "_SCOUTS", 3)
+    monkeypatch.setattr("fathom.engine.shallow.CATCH_UP_ROWS", 3)
+    monkeypatch.setattr("fathom.engine.shallow.MAX_LAG", 12)
+    rng = random.Random(seed)
+    requests = [
+        request(
+            f"r{i}",
+            [rng.randrange(40) for _ in range(rng.choice([1, 3, 8, 17]))],
+            compute=ComputePolicy(mode=AcceptMode.EXACT, exit_threshold=rng.choice([0.0, 0.1])),
+            n=rng.choice([1, 1, 2]),
+            max_tokens=rng.choice([5, 24, 40]),
+            logprobs=rng.choice([None, 2]),
+        )
+        for i in range(24)
+    ]
+    blocks = rng.choice([24, 128])
+    engine = engine_with_dice(make_engine, seed, num_blocks=blocks, trained=exit_adapter)
+    reference = make_engine(num_blocks=256, trained=exit_adapter)
+    found, wanted = run(engine, requests), run(reference, requests)
+    assert {k: v.ids for k, v in found.items()} == {k: v.ids for k, v in wanted.items()}
+    usage = [v.last.usage.compute for v in found.values() if v.last and v.last.usage]
+    assert any(page.drafted for page in usage)
+    engine.check_integrity()
+
+
+def test_blocks_of_a_pause_are_not_taken_for_drafting_ones(
+    make_engine, exit_adapter: Adapter
+) -> None:
+    """An answer whose rows the exit layers never saw must not be found as a prefix to draft on."""
+    engine = engine_with_dice(make_engine, 0, trained=exit_adapter)
+    engine._draft_rule.pause = lambda sequences: True
+    always = ComputePolicy(exit_threshold=0.0)
+    first = run(engine, [request("skip", [9], always), request("a", [1, 2, 3], always)])
+    answer = [1, 2, 3, *first["a", 0].ids]
+    assert first["a", 0].last.usage.compute.exit_head_rows == 0
+    engine._draft_rule.pause = lambda sequences: False
+    again = run(engine, [request("b", answer, always)])["b", 0]
+    fresh = run(make_engine(trained=exit_adapter), [request("b", answer, always)])["b", 0]
+    assert again.ids == fresh.ids
+    assert again.depths == fresh.depths  # its drafts are those of right keys
+
+
+def test_a_seed_gives_the_same_draws_at_any_load(make_engine, exit_adapter: Adapter) -> None:
+    engine = engine_with_dice(make_engine, 1, trained=exit_adapter)
+    policy = ComputePolicy(exit_threshold=0.0)
+    drawn = request("s", [5, 6], policy, temperature=1.0, seed=7)
+    wanted = run(make_engine(trained=exit_adapter), [drawn])
+    engine.add_request(drawn)
+    found = drain(engine)
+    assert found["s", 0].ids == wanted["s", 0].ids
+    assert found["s", 0].depths == wanted["s", 0].depths
+
+
+def test_the_default_pauses_where_nothing_exits(model_dir: Path, make_engine) -> None:
+    """Threshold 1 lets nothing go: after the first rows the exit head is asked no more."""
+    engine = make_engine(pause_drafting=True)
+    policy = ComputePolicy(exit_threshold=1.0)
+    run(engine, [request("skip", [1], policy, max_tokens=100)])
+    found = run(engine, [request("a", [1, 2], policy, max_tokens=100)])
+    assert engine.stats()["drafting_paused"] == 1.0
+    assert found["a", 0].last.usage.compute.exit_head_rows == 0
