@@ -38,10 +38,6 @@ class ModelCosts:
     exit_head_params: int
     lm_head_params: int
 
-    def shallow_layers(self, *, drafts: bool) -> int:
-        """Layers of the shallow stage for a request; the exit layers serve drafts alone."""
-        return self.exit_layer + (self.exit_layers if drafts else 0)
-
     @property
     def deep_layers(self) -> int:
         """Layers of the deep stage."""

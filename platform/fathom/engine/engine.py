@@ -198,6 +198,7 @@ class Engine:
     def _draft(self, work: list[ShallowWork]) -> None:
         rule = self._draft_rule
         pause = rule is not None and rule.pause(len(self._scheduler.running))
+        pause = pause and self._listener is None  # a trace is of every row
         decided = self._shallow.run(work, pause=pause)
         self._flush_rule.drafted(len(decided))
         for seq, logits in decided:
