@@ -43,6 +43,16 @@ class ModelCosts:
         """Layers of the deep stage."""
         return self.num_layers - self.exit_layer
 
+    @property
+    def exit_cost(self) -> float:
+        """Multiply-adds of a token decided at the exit, as a share of one of the full model.
+
+        Layers and head of the path up to where it is decided, at a short context: EERO's B_1 with
+        two heads and B_2 = 1 (eero.md).
+        """
+        shallow = self.layer_params * (self.exit_layer + self.exit_layers) + self.exit_head_params
+        return shallow / (self.layer_params * self.num_layers + self.lm_head_params)
+
 
 class Ledger:
     """Enters each piece of work in a request's page and in the total."""
@@ -126,6 +136,12 @@ class Ledger:
             account.decided += 1
             account.exited += depth < self.costs.num_layers
             account.depth_sum += depth
+            self._enter_realised(account)
+
+    def enter_probe(self, page: ComputeUsage) -> None:
+        """Enter an exit that went to the deep stage all the same."""
+        for account in (page, self.total):
+            account.probes += 1
 
     def enter_preemption(self, page: ComputeUsage) -> None:
         """Enter a sequence that will be recomputed."""
@@ -142,6 +158,11 @@ class Ledger:
         page.decided += len(depths)
         page.exited += sum(depth < self.costs.num_layers for depth in depths)
         page.depth_sum += sum(depths)
+        self._enter_realised(page)
+
+    def _enter_realised(self, account: ComputeUsage) -> None:
+        if account.decided:
+            account.realised_budget = 1 - account.exit_rate * (1 - self.costs.exit_cost)
 
     def snapshot(self) -> ComputeUsage:
         """A copy of the totals since the engine started."""

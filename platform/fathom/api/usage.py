@@ -8,6 +8,9 @@ from typing import Any
 
 from fathom.types import ComputeUsage, Usage
 
+_OF_THE_POLICY = frozenset({"mode", "requested_budget", "operating_point"})
+"""Fields of a page that say what was asked for: nothing to add up."""
+
 
 def usage_body(usages: Mapping[tuple[int, int], Usage]) -> dict[str, Any]:
     """Add up the usages of a request's completions.
@@ -32,15 +35,18 @@ def usage_body(usages: Mapping[tuple[int, int], Usage]) -> dict[str, Any]:
 
 
 def add_compute(pages: Iterable[ComputeUsage]) -> ComputeUsage:
-    """The sum of several pages of the ledger, all of one mode."""
+    """The sum of several pages of the ledger, all of one compute policy."""
     total = ComputeUsage()
+    realised = 0.0
     for page in pages:
         for field in dataclasses.fields(ComputeUsage):
-            if field.name == "mode":
-                total.mode = total.mode or page.mode
-            else:
+            if field.name in _OF_THE_POLICY:
+                setattr(total, field.name, getattr(total, field.name) or getattr(page, field.name))
+            elif field.name != "realised_budget":
                 value = getattr(total, field.name) + getattr(page, field.name)
                 setattr(total, field.name, value)
+        realised += page.decided * (page.realised_budget or 0.0)
+    total.realised_budget = realised / total.decided if total.decided else None
     return total
 
 

@@ -12,7 +12,7 @@ from fathom.engine.scoring import PromptScores
 from fathom.engine.states import ExitStates
 from fathom.engine.text import TextStream
 from fathom.kvstore.keys import BlockKey
-from fathom.types import ComputeUsage, FinishReason, Request, Token
+from fathom.types import ComputeUsage, FinishReason, PolicyName, Request, Token
 
 
 @dataclass(slots=True)
@@ -107,7 +107,11 @@ class Sequence:
     def __post_init__(self) -> None:
         self.decided = self.num_prompt - 1
         self.confirmed = self.num_prompt
-        self.compute.mode = self.request.compute.mode.value
+        compute = self.request.compute
+        self.compute.mode = compute.mode.value
+        self.compute.operating_point = compute.operating_point
+        if compute.policy is PolicyName.BUDGET:
+            self.compute.requested_budget = compute.budget
 
     @property
     def num_prompt(self) -> int:

@@ -180,7 +180,7 @@ class ShallowStage:
         chance = 0.0
         if compute.policy is PolicyName.FORCED:
             chance = uniform(seq.seed, position, seq.epoch, Draw.FORCED_EXIT)
-        if not exits(compute, confidence, chance):
+        if not exits(compute, confidence, uniform=chance):
             return self._leave_to_deep_stage(seq, confidence)
         params = seq.request.sampling
         probs = None

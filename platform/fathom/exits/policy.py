@@ -7,11 +7,15 @@ import math
 from fathom.types import AcceptMode, ComputePolicy, PolicyName
 
 
-def exits(compute: ComputePolicy, confidence: float, uniform: float) -> bool:
+def exits(
+    compute: ComputePolicy, confidence: float, *, threshold: float | None = None, uniform: float = 0
+) -> bool:
     """Decide for one token.
 
     Args:
         compute: the request's compute policy.
+        threshold: λ of this moment, where a policy follows what was seen (``exits.live``); None
+            takes the request's own.
         confidence: the shallow stage's confidence in its draft. A non-finite confidence never
             exits, whatever the policy (EE-LLM's issue 11 is what happens otherwise).
         uniform: a draw from [0, 1) that belongs to this token; only ``forced`` looks at it.
@@ -23,7 +27,7 @@ def exits(compute: ComputePolicy, confidence: float, uniform: float) -> bool:
             return False
         case PolicyName.ALWAYS:
             return True
-        case PolicyName.THRESHOLD:
-            return confidence > compute.threshold
         case PolicyName.FORCED:
             return uniform < compute.forced_exit_rate
+        case PolicyName.THRESHOLD | PolicyName.ADAPTIVE | PolicyName.BUDGET | PolicyName.RISK:
+            return confidence > (compute.threshold if threshold is None else threshold)

@@ -89,6 +89,9 @@ policies = st.builds(
     exit_threshold=st.floats(0, 1),
     forced_exit_rate=st.floats(0, 1),
     max_stack=st.integers(1, 9),
+    budget=st.floats(0.8, 1),
+    risk=st.just(0.05),
+    probe_rate=st.sampled_from([None, 0.3]),
 )
 
 

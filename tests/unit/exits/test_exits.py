@@ -31,23 +31,23 @@ def test_non_finite_logits_give_no_confidence_and_never_exit(bad):
         compute = ComputePolicy(
             mode=AcceptMode.FREE, policy=policy, exit_threshold=0.0, forced_exit_rate=1.0
         )
-        assert not exits(compute, float(gap), 0.0)
+        assert not exits(compute, float(gap))
 
 
 def test_the_threshold_is_strict():
     compute = ComputePolicy(mode=AcceptMode.FREE, exit_threshold=0.5)
-    assert not exits(compute, 0.5, 0.0)
-    assert exits(compute, 0.500001, 0.0)
+    assert not exits(compute, 0.5)
+    assert exits(compute, 0.500001)
 
 
 def test_full_depth_never_exits_and_always_always_does():
     always = ComputePolicy(mode=AcceptMode.FREE, policy=PolicyName.ALWAYS)
-    assert exits(always, 0.0, 0.0)
+    assert exits(always, 0.0)
     full = ComputePolicy(mode=AcceptMode.FULL, policy=PolicyName.ALWAYS)
-    assert not exits(full, 1.0, 0.0)
+    assert not exits(full, 1.0)
 
 
 def test_forced_exits_at_its_rate():
     forced = ComputePolicy(mode=AcceptMode.FREE, policy=PolicyName.FORCED, forced_exit_rate=0.25)
-    assert exits(forced, 0.0, 0.2499)
-    assert not exits(forced, 0.9, 0.25)
+    assert exits(forced, 0.0, uniform=0.2499)
+    assert not exits(forced, 0.9, uniform=0.25)
