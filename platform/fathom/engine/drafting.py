@@ -19,6 +19,8 @@ _IN_STEP = 0.9
 """Share of the rate of ``DraftRule.gain`` that several sequences reach, which do not keep step:
 0.85 to 0.97 of it at 2 to 16 sequences of the default model."""
 
+_FREE_TO_PAUSE = (PolicyName.THRESHOLD, PolicyName.ADAPTIVE)
+
 _BAND = 0.02
 """Half the gap between the gain that ends a pause and the one that starts it."""
 
@@ -102,7 +104,7 @@ def may_pause(seq: Sequence) -> bool:
     request = seq.request
     if request.compute.mode is not AcceptMode.EXACT:
         return False
-    if request.compute.policy is not PolicyName.THRESHOLD:  # somebody wants these very exits
+    if request.compute.policy not in _FREE_TO_PAUSE:  # somebody wants these very exits
         return False
     # Equal in distribution is not equal: the same seed must give the same tokens at any load.
     return sampling.is_greedy(request.sampling) or request.sampling.seed is None
