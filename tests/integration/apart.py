@@ -23,7 +23,12 @@ def save_model(directory: Path, tiny: Path) -> Path:
 
 def engine_settings(model: Path) -> EngineConfig:
     return EngineConfig(
-        model=str(model), dtype="float32", kv_cache_bytes=8 << 20, threads=1, adapter="none"
+        model=str(model),
+        dtype="float32",
+        kv_cache_bytes=8 << 20,
+        threads=1,
+        adapter="none",
+        pause_drafting=False,  # depths must not depend on speed
     )
 
 

@@ -22,6 +22,7 @@ def engine(tiny_model: Path) -> Engine:
             dtype="float32",
             threads=1,
             kv_cache_bytes=4 << 20,
+            pause_drafting=False,  # depths must not depend on speed
             exit_layer=2,
             adapter="none",
             max_num_seqs=4,
