@@ -124,7 +124,7 @@ class Exchange:
             )
             descriptor = flight.FlightDescriptor.for_command(self._hello.encode())
             self._writer, self._reader = self._client.do_exchange(descriptor, call)
-            self._writer.begin(messages.FLUSH_SCHEMA)
+            self._writer.begin(messages.SCHEMA)
             with _Cancel(self._reader, min(self._deadline_s, SILENCE_S)):
                 return messages.decode_lease(*_read(self._reader))
         except (pa.ArrowException, OSError, ProtocolError, StopIteration) as error:
@@ -202,8 +202,10 @@ class Exchange:
             self._away.clear()
         for each in away:
             each.answer.set_exception(self._lost)
+        # Lets threads go that wait for the peer. Before the writer is closed, which ends the call:
+        # cancelling a call while it ends has crashed the process.
+        self._reader.cancel()
         self._outbox.put(None)
-        self._reader.cancel()  # lets threads go that wait for the peer
 
 
 class _Cancel:

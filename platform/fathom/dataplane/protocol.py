@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from fathom.engine.deep import FlushItem, FlushResult
 from fathom.kvstore.keys import BlockKey
 
-VERSION = 2
+VERSION = 3
 
 
 class ProtocolError(ValueError):

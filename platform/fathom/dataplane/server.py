@@ -17,6 +17,7 @@ import pyarrow.flight as flight
 
 from fathom.dataplane import messages
 from fathom.dataplane.leases import Leases
+from fathom.dataplane.messages import Message
 from fathom.dataplane.protocol import (
     BlockOp,
     Flush,
@@ -38,9 +39,6 @@ BEAT_S = 1.0
 
 _CLOSE_S = 5.0
 _NO_STORE = "there is no KV store here"
-
-Message = tuple[pa.RecordBatch, bytes]
-"""A batch and its header."""
 
 
 class DeepServer:
@@ -132,7 +130,7 @@ class _FlightServer(flight.FlightServerBase):
         exchange = _Exchange(deep, hello, first, writer)
         deep.exchanges.add(exchange)
         try:
-            writer.begin(messages.REPLY_SCHEMA)
+            writer.begin(messages.SCHEMA)
             _write(writer, messages.encode_lease(Lease(hello.num_blocks, deep.costs)))
             exchange.run(reader)
         except ProtocolError as error:

@@ -139,7 +139,9 @@ class DeepWorker:
         for job in jobs:
             outputs = sum(item.num_outputs for item in job.items)
             logits = sum(item.num_logits for item in job.items)
-            own = result.part(first, outputs, first_logits, logits)
+            own = result
+            if len(jobs) > 1:
+                own = result.part(first, outputs, first_logits, logits)
             job.answer.set_result(Work(own, pass_s, start - job.since))
             first += outputs
             first_logits += logits

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fathom.dataplane.leases import Leases
-from fathom.dataplane.protocol import ProtocolError, Tls
+from fathom.dataplane.protocol import VERSION, ProtocolError, Tls
 from fathom.engine.deep import DeepLost, FlushItem, LocalDeepStage
 from tests.unit.dataplane.conftest import Deep
 from tests.unit.engine.conftest import make_engine_of
@@ -112,7 +112,7 @@ def test_a_pass_stays_within_its_rows(local) -> None:
         ({"token": "another"}, "token is missing or wrong"),
         ({"weights_digest": "other"}, "weights_digest is 'tiny' at the deep replica and 'other'"),
         ({"dtype": "bfloat16"}, "dtype is 'float32' at the deep replica and 'bfloat16'"),
-        ({"version": 3}, "speaks version 3 of the protocol, this end 2"),
+        ({"version": 99}, f"speaks version 99 of the protocol, this end {VERSION}"),
         ({"num_blocks": 1000}, "1000 deep KV blocks are wanted, 63 can be had: lower"),
     ],
 )
