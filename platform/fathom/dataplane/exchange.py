@@ -202,8 +202,7 @@ class Exchange:
             self._away.clear()
         for each in away:
             each.answer.set_exception(self._lost)
-        # Lets threads go that wait for the peer. Before the writer is closed, which ends the call:
-        # cancelling a call while it ends has crashed the process.
+        # Lets threads go that wait for the peer; before the writer's thread ends the call.
         self._reader.cancel()
         self._outbox.put(None)
 

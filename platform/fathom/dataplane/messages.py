@@ -295,6 +295,8 @@ def _read(batch: pa.RecordBatch, header: bytes | None) -> tuple[memoryview, _Hea
     Raises:
         ProtocolError: if it was changed on the way, or this end cannot read it.
     """
+    if batch.schema.names != SCHEMA.names or batch.column(0).type != pa.uint8():
+        raise ProtocolError(f"a message with the columns {batch.schema.names}, not one of bytes.")
     column = batch.column(0)
     values = column.buffers()[1]
     body = memoryview(b"" if values is None else values)[column.offset :][: len(column)]

@@ -148,6 +148,7 @@ class _Exchange:
         self._deep = deep
         self._writer = writer
         self._writing = threading.Lock()
+        self._ended = False
         self._hello = hello
         self._first = first
         self._away: set[Future[Any]] = set()
@@ -184,7 +185,13 @@ class _Exchange:
         self._outbox.put(_goodbye)
 
     def wait(self) -> None:
-        """Wait until nothing of this client is under way: its blocks can go to another then."""
+        """Wait until nothing of this client is under way: its blocks can go to another then.
+
+        Nothing is written afterwards: Flight frees the writer when the call returns. A flush counts
+        as done before its reply is sent.
+        """
+        with self._writing:
+            self._ended = True
         with self._lock:
             away = list(self._away)
         wait_for(away)
@@ -272,6 +279,8 @@ class _Exchange:
                 self._write(made())
 
     def _write(self, message: Message) -> None:
+        if self._ended:
+            return
         with contextlib.suppress(pa.ArrowException, OSError):  # nobody listens any more
             _write(self._writer, message)
 

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fathom.dataplane import messages
 from fathom.dataplane.leases import Leases
-from fathom.dataplane.protocol import VERSION, ProtocolError, Tls
+from fathom.dataplane.protocol import VERSION, ProtocolError, Reply, Tls
 from fathom.engine.deep import DeepLost, FlushItem, LocalDeepStage
 from tests.unit.dataplane.conftest import Deep
 from tests.unit.engine.conftest import make_engine_of
@@ -224,3 +225,25 @@ def test_over_tls(local, tls: tuple[Tls, Tls]) -> None:
     assert flush_one(client, 0, states(deep, 3)).result(timeout=20).logits.isfinite().all()
     client.close()
     deep.close()
+
+
+def test_a_reply_that_is_made_after_its_client_has_gone_is_dropped(
+    deep: Deep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients that leave with flushes under way: writing to a call that has ended is a crash."""
+    encode = messages.encode_reply
+
+    def slowly(reply: Reply) -> messages.Message:
+        time.sleep(0.02)
+        return encode(reply)
+
+    monkeypatch.setattr(messages, "encode_reply", slowly)
+    few = dataclasses.replace(deep.hello, num_blocks=4)
+    for seed in range(40):
+        client = deep.connect(hello=few)
+        flush_one(client, 0, states(deep, 3, seed))
+        time.sleep(0.005)
+        client.close()
+    client = deep.connect(hello=few)  # the server lives, and answers
+    assert len(flush_one(client, 0, states(deep, 3)).result(timeout=20).best) == 1
+    client.close()

@@ -143,6 +143,14 @@ def test_no_message_does_more_than_be_refused(kind: int, first: bytes, second: b
             decode(*message, HELLO)
 
 
+@pytest.mark.parametrize("names", [[], ["bytes"], ["bytes", "more"]])
+def test_other_columns_are_refused(names: list[str]) -> None:
+    _, header = messages.encode_beat()
+    batch = pa.RecordBatch.from_arrays([pa.array(["x"]) for _ in names], names=names)
+    with pytest.raises(ProtocolError, match="not one of bytes"):
+        messages.decode_reply(batch, header, HELLO)
+
+
 def test_a_message_of_another_version_is_refused() -> None:
     batch, header = messages.encode_beat()
     words = (protocol.VERSION + 1).to_bytes(2, "little") + header[6:]
