@@ -1,0 +1,200 @@
+"""A classifier's folder: everything that serving needs, and nothing of how it was trained.
+
+classifier.json          form, labels, costs' reference, notes of the training
+model.safetensors        weights of the encoder and of the heads, float32
+tokenizer.json           of a text classifier
+calibration.safetensors  each head's answers for held-out rows, from which any budget's
+                         thresholds are worked out when a request asks for it
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file, save_file
+
+from fathom.models.errors import ModelError
+from fathom.models.files import read_json
+from fathom.models.inputs import ImageReader, TextReader
+from fathom.models.multi_exit import MultiExit, build
+
+CONFIG, WEIGHTS, TOKENIZER = "classifier.json", "model.safetensors", "tokenizer.json"
+CALIBRATION = "calibration.safetensors"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What every head says of rows whose labels are known.
+
+    Attributes:
+        confidence: [n, M] float32 in [0, 1], each head's largest probability.
+        predicted: [n, M] int64, the class of it. labels: [n] int64.
+        sizes: [n] int64 tokens of each row (1 for an image).
+    """
+
+    confidence: NDArray[np.float32]
+    predicted: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """[n, M] bool."""
+        return self.predicted == self.labels[:, None]
+
+    def take(self, rows: NDArray[np.int64]) -> Answers:
+        """These rows alone."""
+        return Answers(
+            self.confidence[rows], self.predicted[rows], self.labels[rows], self.sizes[rows]
+        )
+
+    @staticmethod
+    def of(
+        logits: NDArray[np.float32], labels: NDArray[np.int64], sizes: NDArray[np.int64]
+    ) -> Answers:
+        """From logits [n, M, K] float32."""
+        probabilities = torch.from_numpy(logits).softmax(-1)
+        confidence, predicted = probabilities.max(-1)
+        return Answers(confidence.numpy(), predicted.numpy(), labels, sizes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassifierFiles:
+    """What lies in a classifier's folder.
+
+    Attributes:
+        name: of the classifier. labels: of the classes, K of them.
+        model: in evaluation mode. calibration: of held-out rows.
+        max_tokens: of a row of text; 0 for images.
+        tokenizer: its ``tokenizer.json``; None for images.
+        notes: of the training, JSON values.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    model: MultiExit
+    calibration: Answers
+    max_tokens: int = 0
+    tokenizer: Path | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def takes(self) -> str:
+        """``text`` or ``image``."""
+        return "image" if self.tokenizer is None else "text"
+
+    def reader(self) -> TextReader | ImageReader:
+        """Reads this classifier's inputs."""
+        if self.tokenizer is None:
+            return ImageReader()
+        return TextReader(self.tokenizer, self.max_tokens)
+
+    def write(self, folder: Path) -> Path:
+        """Write the folder, whole or not at all; one that is there is replaced.
+
+        Raises:
+            ModelError: if the folder holds something else than a classifier.
+        """
+        if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).exists():
+            raise ModelError(f"{folder}: holds other files than a classifier's; name another.")
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        config = {
+            "format_version": FORMAT_VERSION,
+            "name": self.name,
+            "labels": list(self.labels),
+            "max_tokens": self.max_tokens,
+            "model": self.model.spec(),
+            "notes": dict(self.notes),
+        }
+        text = json.dumps(config, indent=1, ensure_ascii=False)
+        (partial / CONFIG).write_text(text + "\n", encoding="utf-8")
+        weights = {n: t.detach().contiguous() for n, t in self.model.state_dict().items()}
+        save_file(weights, partial / WEIGHTS)
+        c = self.calibration
+        save_arrays(
+            {
+                "confidence": np.ascontiguousarray(c.confidence, dtype=np.float32),
+                "predicted": np.ascontiguousarray(c.predicted, dtype=np.int16),
+                "labels": np.ascontiguousarray(c.labels, dtype=np.int16),
+                "sizes": np.ascontiguousarray(c.sizes, dtype=np.int32),
+            },
+            partial / CALIBRATION,
+        )
+        if self.tokenizer is not None:
+            shutil.copyfile(self.tokenizer, partial / TOKENIZER)
+        for file in partial.iterdir():
+            file.chmod(0o644)  # safetensors makes files that only their owner reads
+        old = folder.with_name(f"{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+        return folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``classifier.json`` of a folder, without its weights.
+
+    Raises:
+        ModelError: if the folder holds no classifier, or one of another format version.
+    """
+    file = folder / CONFIG
+    if not file.is_file():
+        raise ModelError(
+            f"{folder}: no classifier here (no {CONFIG}); `fathom train multi-exit` makes one."
+        )
+    config = read_json(file)
+    if (found := config.get("format_version")) != FORMAT_VERSION:
+        raise ModelError(
+            f"{file}: classifier of format {found!r}; this version of Fathom reads format "
+            f"{FORMAT_VERSION}. Train it again."
+        )
+    return config
+
+
+def read_classifier(folder: Path) -> ClassifierFiles:
+    """Read a classifier.
+
+    Raises:
+        ModelError: for a file that is missing, damaged, or does not belong to the others.
+    """
+    config = read_config(folder)
+    tokenizer = folder / TOKENIZER if config.get("max_tokens") else None
+    try:
+        model = build(config["model"])
+        model.load_state_dict(load_file(folder / WEIGHTS))
+        arrays = load_arrays(folder / CALIBRATION)
+        calibration = Answers(
+            arrays["confidence"],
+            *(arrays[name].astype(np.int64) for name in ("predicted", "labels", "sizes")),
+        )
+        labels = tuple(map(str, config["labels"]))
+    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder}: damaged classifier: {error}. Train it again.") from error
+    if calibration.confidence.shape[1:] != (model.num_heads,) or len(labels) != model.classes:
+        raise ModelError(f"{folder}: calibration or labels are of another classifier.")
+    model.eval()
+    return ClassifierFiles(
+        name=str(config["name"]),
+        labels=labels,
+        model=model,
+        calibration=calibration,
+        max_tokens=int(config["max_tokens"]),
+        tokenizer=tokenizer,
+        notes=config.get("notes", {}),
+    )
