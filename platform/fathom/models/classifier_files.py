@@ -23,15 +23,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from fathom.models.classifier_config import CONFIG, FORMAT_VERSION, read_config
 from fathom.models.errors import ModelError
-from fathom.models.files import read_json
 from fathom.models.inputs import ImageReader, TextReader
 from fathom.models.multi_exit import MultiExit, build
 
-CONFIG, WEIGHTS, TOKENIZER = "classifier.json", "model.safetensors", "tokenizer.json"
+WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer.json"
 CALIBRATION = "calibration.safetensors"
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +39,12 @@ class Answers:
     """What every head says of rows whose labels are known.
 
     Attributes:
-        confidence: [n, M] float32 in [0, 1], each head's largest probability.
+        confidence: [n, M] float64 in [0, 1], each head's largest probability (``confidence_of``).
         predicted: [n, M] int64, the class of it. labels: [n] int64.
         sizes: [n] int64 tokens of each row (1 for an image).
     """
 
-    confidence: NDArray[np.float32]
+    confidence: NDArray[np.float64]
     predicted: NDArray[np.int64]
     labels: NDArray[np.int64]
     sizes: NDArray[np.int64]
@@ -65,9 +65,24 @@ class Answers:
         logits: NDArray[np.float32], labels: NDArray[np.int64], sizes: NDArray[np.int64]
     ) -> Answers:
         """From logits [n, M, K] float32."""
-        probabilities = torch.from_numpy(logits).softmax(-1)
-        confidence, predicted = probabilities.max(-1)
+        confidence, predicted = confidence_of(torch.from_numpy(logits))
         return Answers(confidence.numpy(), predicted.numpy(), labels, sizes)
+
+
+def confidence_of(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest probability and its class.
+
+    In double precision: a head that is sure of most rows says 1 to all of them in single
+    precision, and a threshold among equals lets all of them go or none.
+
+    Args:
+        logits: [..., K] float32.
+
+    Returns:
+        [...] float64 in [0, 1]; [...] int64.
+    """
+    confidence, predicted = logits.double().softmax(-1).max(-1)
+    return confidence, predicted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +142,7 @@ class ClassifierFiles:
         c = self.calibration
         save_arrays(
             {
-                "confidence": np.ascontiguousarray(c.confidence, dtype=np.float32),
+                "confidence": np.ascontiguousarray(c.confidence),
                 "predicted": np.ascontiguousarray(c.predicted, dtype=np.int16),
                 "labels": np.ascontiguousarray(c.labels, dtype=np.int16),
                 "sizes": np.ascontiguousarray(c.sizes, dtype=np.int32),
@@ -145,26 +160,6 @@ class ClassifierFiles:
         partial.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
         return folder
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """``classifier.json`` of a folder, without its weights.
-
-    Raises:
-        ModelError: if the folder holds no classifier, or one of another format version.
-    """
-    file = folder / CONFIG
-    if not file.is_file():
-        raise ModelError(
-            f"{folder}: no classifier here (no {CONFIG}); `fathom train multi-exit` makes one."
-        )
-    config = read_json(file)
-    if (found := config.get("format_version")) != FORMAT_VERSION:
-        raise ModelError(
-            f"{file}: classifier of format {found!r}; this version of Fathom reads format "
-            f"{FORMAT_VERSION}. Train it again."
-        )
-    return config
 
 
 def read_classifier(folder: Path) -> ClassifierFiles:
