@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fathom.exits.confidence import softmax_gap
+from fathom.exits.confidence import entropy_score, max_prob, saturation, softmax_gap
 from fathom.types import ComputePolicy, Confidence
 
 
@@ -64,5 +64,19 @@ def _measure(
     measure: Confidence, temperature: float, rows: ExitRows
 ) -> tuple[list[float], list[int]]:
     logits = rows.logits if temperature == 1 else rows.logits.float() / temperature
-    gap, columns = softmax_gap(logits)
-    return gap.tolist(), columns.tolist()
+    if measure is Confidence.SOFTMAX_GAP:
+        scores, columns = softmax_gap(logits)
+        return scores.tolist(), columns.tolist()
+    best, columns = logits.max(dim=-1)
+    match measure:
+        case Confidence.MAX_PROB:
+            scores = max_prob(logits)
+        case Confidence.ENTROPY:
+            scores = entropy_score(logits)
+        case Confidence.SATURATION:
+            assert rows.earlier is not None
+            scores = saturation(rows.states, rows.earlier)
+        case Confidence.META:
+            raise AssertionError("refused at the door: no classifier is loaded")
+    # A state can be finite where its logits are not; a NaN is the largest of a row.
+    return torch.where(torch.isfinite(best), scores, torch.nan).tolist(), columns.tolist()

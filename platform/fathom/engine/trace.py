@@ -12,8 +12,10 @@ import torch
 from fathom.engine.confidences import ExitRows
 from fathom.engine.sequence import Decision
 from fathom.engine.sequence import Sequence as Completion
+from fathom.exits.confidence import max_prob, saturation, softmax_gap
 
 TEMPERATURES = tuple(np.geomspace(0.25, 4, 16).tolist())
+"""At which a trace holds the logarithm of the exit head's partition function."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +101,10 @@ def take_notes(rows: ExitRows, *, hidden: bool) -> Sequence[Notes]:
     entropy = -(log_p.exp() * log_p).nan_to_num().sum(dim=-1)
     best = scores.topk(2, dim=-1).values
     lse = torch.stack([torch.logsumexp(scores / t, dim=-1) for t in TEMPERATURES], dim=1)
-    top = log_p.topk(2, dim=-1).values.exp()
-    cosine = torch.cosine_similarity(rows.states.float(), rows.earlier.float(), dim=-1)
     columns = zip(
-        (top[:, 0] - top[:, 1]).tolist(),
-        top[:, 0].tolist(),
-        ((1 + cosine) / 2).clamp(0, 1).tolist(),
+        softmax_gap(scores)[0].tolist(),
+        max_prob(scores).tolist(),
+        saturation(rows.states, rows.earlier).tolist(),
         entropy.tolist(),
         best[:, 0].tolist(),
         best[:, 1].tolist(),
