@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -43,22 +44,33 @@ def save_random_bert(directory: Path, *, seed: int = 0) -> Path:
     return directory
 
 
-def write_texts(file: Path, rows: int, *, seed: int = 0) -> Path:
-    """Write texts whose label is whether they hold more of ``good`` than of ``bad``."""
+def texts(rows: int, *, seed: int) -> list[str]:
+    """Texts that hold more of ``good`` or more of ``bad``."""
     rng = random.Random(seed)
-    lines = []
-    while len(lines) < rows:
+    found: list[str] = []
+    while len(found) < rows:
         words = rng.choices(WORDS, k=rng.randint(3, 12))
-        balance = words.count("good") - words.count("bad")
-        if balance:
-            label = "praise" if balance > 0 else "blame"
-            lines.append(json.dumps({"text": " ".join(words), "label": label}))
+        if words.count("good") != words.count("bad"):
+            found.append(" ".join(words))
+    return found
+
+
+def write_texts(file: Path, rows: int, *, seed: int = 0) -> Path:
+    """Write texts with whichever they hold more of as their label."""
+    lines = []
+    for text in texts(rows, seed=seed):
+        words = text.split()
+        label = "praise" if words.count("good") > words.count("bad") else "blame"
+        lines.append(json.dumps({"text": text, "label": label}))
     file.write_text("\n".join(lines) + "\n")
     return file
 
 
 def save_classifier(folder: Path, *, rows: int = 1200, heldout: int = 2000) -> Path:
-    """Train a text classifier of three heads on the small task, in a second or two."""
+    """Train a text classifier of three heads on the small task, in about a second.
+
+    It is calibrated on agreement with its last head, so that every budget is worth spending.
+    """
     from fathom.training.labelled import read_labelled
     from fathom.training.multi_exit import MultiExitTraining, train_multi_exit
 
@@ -70,11 +82,8 @@ def save_classifier(folder: Path, *, rows: int = 1200, heldout: int = 2000) -> P
     )
     data = read_labelled(write_texts(work / "train.jsonl", rows))
     kept = read_labelled(write_texts(work / "heldout.jsonl", heldout, seed=1))
-    train_multi_exit(plan, data, kept, work, show=False).write(folder / "classifier")
+    files = train_multi_exit(plan, data, kept, work, show=False)
+    answers = files.calibration
+    agreement = dataclasses.replace(answers, labels=answers.predicted[:, -1])
+    dataclasses.replace(files, calibration=agreement).write(folder / "classifier")
     return folder / "classifier"
-
-
-def texts(rows: int, *, seed: int) -> list[str]:
-    """Texts of the small task."""
-    rng = random.Random(seed)
-    return [" ".join(rng.choices(WORDS, k=rng.randint(3, 12))) for _ in range(rows)]

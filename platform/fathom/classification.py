@@ -60,15 +60,17 @@ class ClassifyResult:
 
     Attributes:
         rows: one for each input, in order.
-        requested_budget: of the request. realised_budget: the mean of its rows' costs, in the
-            costs of ``ClassifierInfo``; a request of few rows can be far from what it asked for,
-            for the budget holds in the mean over many.
+        requested_budget: of the request. planned_budget: the mean cost that its thresholds have on
+            the calibration rows; below what was asked for where more compute would not help.
+        realised_budget: the mean of its rows' costs, in the costs of ``ClassifierInfo``; a request
+            of few rows can be far from the plan, which holds in the mean over many.
         flops: floating-point operations of its rows. full_flops: what the same rows would have
             cost at full depth.
     """
 
     rows: tuple[Classified, ...]
     requested_budget: float | None
+    planned_budget: float
     realised_budget: float
     flops: float
     full_flops: float

@@ -28,8 +28,8 @@ class ClassifyCompute(BaseModel):
 
     budget: float | None = Field(
         None,
-        description="The share of the full model's compute that an input may cost in the mean. "
-        "In (0, 1], and at least what the first exit head costs. Without it every input runs "
+        description="The most that an input may cost in the mean, as a share of the full model's "
+        "compute: at least what the first exit head costs, at most 1. Without it every input runs "
         "through the whole model.",
     )
 
@@ -151,6 +151,7 @@ def response_body(info: ClassifierInfo, result: ClassifyResult) -> dict[str, Any
             "total_tokens": tokens,
             "compute": {
                 "requested_budget": result.requested_budget,
+                "planned_budget": result.planned_budget,
                 "realised_budget": result.realised_budget,
                 "flops": result.flops,
                 "full_flops": result.full_flops,
