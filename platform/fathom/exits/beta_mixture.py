@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import betaln, digamma, expit, polygamma
+from scipy.special import betaln, expit, psi, zeta
 
 from fathom.exits.histogram import ConfidenceHistogram, Kind
 
@@ -138,6 +138,7 @@ def fit_moments(histogram: ConfidenceHistogram) -> BetaMixture:
 
 def fit_em(
     histogram: ConfidenceHistogram,
+    start: BetaMixture | None = None,
     *,
     least_rows: float = 20,
     tolerance: float = 1e-6,
@@ -153,6 +154,7 @@ def fit_em(
     by Newton's method.
 
     Args:
+        start: a mixture fitted a little earlier, from where it is a few steps only.
         least_rows: weight of labelled rows below which it falls back.
         tolerance: gain of the log likelihood a row at which it stops.
     """
@@ -164,9 +166,12 @@ def fit_em(
         return _fallback("em", rows, why)
     x = np.clip(histogram.centres, _CLIP, 1 - _CLIP)
     logs = np.stack([np.log(x), np.log1p(-x)])
-    parts = [Beta(1.0, 1.0), Beta(1.0, 1.0)]
     known, latent = counts[:2], counts[2]
-    split = known.copy()  # labelled rows alone make the first guess
+    if start is None or start.fallback:
+        parts, split = [Beta(1.0, 1.0), Beta(1.0, 1.0)], known  # labelled rows: the first guess
+    else:
+        parts, chance = [start.disagrees, start.agrees], start.posterior(x)
+        split = known + latent * np.stack([1 - chance, chance])
     previous, log_likelihood, weight, iterations = -np.inf, -np.inf, 0.5, 0
     while iterations < most_iterations:
         iterations += 1
@@ -219,25 +224,34 @@ def _by_likelihood(means: Floats, start: Beta) -> Beta:
 
     The objective is concave in (alpha, beta), and Newton's steps are halved until it rises.
     """
+    log_x, log_y = float(means[0]), float(means[1])
 
-    def value(p: Floats) -> float:
-        return float((p - 1) @ means - betaln(p[0], p[1]))
+    def value(a: float, b: float) -> float:
+        return (a - 1) * log_x + (b - 1) * log_y - float(betaln(a, b))
 
-    p = np.array([start.alpha, start.beta])
+    a, b = start.alpha, start.beta
+    now = value(a, b)
     for _ in range(50):
-        both = digamma(p.sum())
-        slope = means - digamma(p) + both
-        bend = polygamma(1, p.sum()) - np.diag(polygamma(1, p))
-        step = np.linalg.solve(bend, -slope)
+        both = float(psi(a + b))
+        slope_a, slope_b = log_x - float(psi(a)) + both, log_y - float(psi(b)) + both
+        # zeta(2, x) is the trigamma function; the Hessian is [[t - t_a, t], [t, t - t_b]].
+        t, t_a, t_b = float(zeta(2, a + b)), float(zeta(2, a)), float(zeta(2, b))
+        determinant = t_a * t_b - t * (t_a + t_b)
+        step_a = (slope_a * (t_b - t) + slope_b * t) / determinant
+        step_b = (slope_b * (t_a - t) + slope_a * t) / determinant
         size = 1.0
-        while size > 1e-8 and ((p + size * step <= 0).any() or value(p + size * step) < value(p)):
+        while size > 1e-8:
+            new_a, new_b = min(a + size * step_a, _MOST), min(b + size * step_b, _MOST)
+            if new_a > 0 and new_b > 0 and (new := value(new_a, new_b)) >= now:
+                break
             size /= 2
-        if size <= 1e-8:
+        else:
             break
-        p = np.minimum(p + size * step, _MOST)
-        if np.abs(size * step).max() < 1e-9 * p.max():
+        moved = abs(new_a - a) / a + abs(new_b - b) / b
+        a, b, now = new_a, new_b, new
+        if moved < 1e-7:
             break
-    return Beta(float(p[0]), float(p[1]))
+    return Beta(a, b)
 
 
 def _log_prior(parts: list[Beta], weight: float) -> float:

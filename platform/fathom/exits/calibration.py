@@ -84,7 +84,7 @@ def probability_at(logit: ArrayLike, lse: ArrayLike, temperature: float) -> Floa
         logit: [n]. lse: [n, 16]; between ``TEMPERATURES`` it is interpolated by a cubic spline.
 
     Returns:
-        [n] float64 in [0, 1].
+        [n] float64 in [0, 1]; NaN for rows that are not finite.
 
     Raises:
         ValueError: for a temperature outside ``TEMPERATURES``.
@@ -93,9 +93,13 @@ def probability_at(logit: ArrayLike, lse: ArrayLike, temperature: float) -> Floa
         raise ValueError(
             f"temperature must be from {TEMPERATURES[0]} to {TEMPERATURES[-1]}, got {temperature}."
         )
-    spline = CubicSpline(np.log(TEMPERATURES), np.asarray(lse, np.float64), axis=1)
-    total = spline(math.log(temperature))
-    return np.asarray(np.exp(np.minimum(np.asarray(logit, np.float64) / temperature - total, 0)))
+    totals, found = np.asarray(lse, np.float64), np.full(len(np.asarray(lse)), np.nan)
+    known = np.isfinite(totals).all(axis=1)
+    if known.any():
+        found[known] = CubicSpline(np.log(TEMPERATURES), totals[known], axis=1)(
+            math.log(temperature)
+        )
+    return np.asarray(np.exp(np.minimum(np.asarray(logit, np.float64) / temperature - found, 0)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,12 +154,8 @@ class ConfidenceHistogram:
         below = np.concatenate([[0.0], self.counts.sum(axis=0).cumsum()])
         if not below[-1] > 0:
             return np.full(wanted.shape, np.nan)
-        # Of the empty bins between two rows the first edge is taken by "left" and the last by
-        # "right"; interp needs one abscissa each, so empty bins go.
-        keep = np.concatenate([[True], np.diff(below) > 0])
-        keep[:-1] |= keep[1:]
-        u = np.linspace(0, 1, self.bins + 1)[keep]
-        found = np.interp(wanted * below[-1], below[keep], u)
+        # On the bins' own scale, where they are of equal width.
+        found = np.interp(wanted * below[-1], below, np.linspace(0, 1, self.bins + 1))
         return np.asarray(np.sin(np.pi / 2 * found) ** 2)
 
     def share_above(self, threshold: float) -> float:

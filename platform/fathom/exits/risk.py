@@ -14,10 +14,10 @@ from enum import StrEnum
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binom
 
 from fathom.checks import InvalidRequest
 from fathom.exits.histogram import edges
+from fathom.exits.p_values import Bound, betting, divergence, hoeffding_bentkus
 
 Floats = NDArray[np.float64]
 
@@ -55,7 +55,7 @@ class Certificate:
         delta, epsilon: P(risk <= delta) >= 1 - epsilon. n: units of the calibration data.
         risk_hat: mean loss at λ there. coverage: share of the rows that leave at λ.
         p_values: of the grid's thresholds that were tested, the last one perhaps not rejected.
-        unit: what was taken for exchangeable.
+        unit: what was taken for exchangeable. bound: whose p-values they are.
     """
 
     threshold: float
@@ -66,6 +66,7 @@ class Certificate:
     coverage: float
     p_values: tuple[float, ...]
     unit: Unit
+    bound: Bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,29 +84,6 @@ class Losses:
     wrong: NDArray[np.int32]
     exits: NDArray[np.int32]
     unit: Unit
-
-
-def hoeffding_bentkus(risk_hat: ArrayLike, n: int, delta: float) -> Floats:
-    """p-value of "the mean loss is above delta", for n independent losses in [0, 1].
-
-    min(exp(-n h(min(r, δ), δ)), e P(Binomial(n, δ) <= ceil(n r))), h the Kullback-Leibler
-    divergence of Bernoulli distributions (Bates et al. 2021, proposition 2 and equation 8).
-
-    Args:
-        risk_hat: mean losses r, any shape.
-    """
-    r = np.asarray(risk_hat, dtype=np.float64)
-    hoeffding = np.exp(-n * _divergence(np.minimum(r, delta), delta))
-    # A mean of whole losses must not be lifted to the next count by rounding.
-    bentkus = math.e * binom.cdf(np.ceil(n * r - 1e-9), n, delta)
-    return np.asarray(np.minimum(np.minimum(hoeffding, bentkus), 1.0))
-
-
-def _divergence(a: Floats, b: float) -> Floats:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        first = np.where(a > 0, a * np.log(a / b), 0.0)
-        second = np.where(a < 1, (1 - a) * np.log((1 - a) / (1 - b)), 0.0)
-    return np.asarray(first + second)
 
 
 def losses(
@@ -165,20 +143,25 @@ def certify(
     epsilon: float = 0.1,
     grid: ArrayLike = GRID,
     unit: Unit = Unit.REQUEST,
+    bound: Bound = Bound.HOEFFDING_BENTKUS,
 ) -> Certificate:
     """The lowest threshold that the calibration data certifies; see ``losses``, ``certify_losses``.
 
     Raises:
         TooLittleData: see ``certify_losses``. ValueError: see ``losses``.
     """
-    return certify_losses(losses(confidence, agrees, groups, grid=grid, unit=unit), delta, epsilon)
+    table = losses(confidence, agrees, groups, grid=grid, unit=unit)
+    return certify_losses(table, delta, epsilon, bound)
 
 
-def certify_losses(table: Losses, delta: float, epsilon: float = 0.1) -> Certificate:
+def certify_losses(
+    table: Losses, delta: float, epsilon: float = 0.1, bound: Bound = Bound.HOEFFDING_BENTKUS
+) -> Certificate:
     """Fixed-sequence testing: down the grid while the p-value is at most epsilon.
 
     Args:
-        delta: δ in (0, 1), of the mean loss of a unit. epsilon: in (0, 1).
+        delta: δ in (0, 1), of the mean loss of a unit. epsilon: in (0, 1). bound: to be chosen
+            before looking at what either gives.
 
     Raises:
         TooLittleData: if even the first threshold cannot be certified, although few of its rows are
@@ -191,8 +174,12 @@ def certify_losses(table: Losses, delta: float, epsilon: float = 0.1) -> Certifi
     n = len(table.rows)
     if not n:
         raise _too_little(table, delta, epsilon, 0.0)
-    risks = (table.wrong / table.rows[:, None]).mean(axis=0)
-    p_values = hoeffding_bentkus(risks, n, delta)
+    each = table.wrong / table.rows[:, None]
+    risks = each.mean(axis=0)
+    if bound is Bound.BETTING:
+        p_values = betting(each, delta)
+    else:
+        p_values = hoeffding_bentkus(risks, n, delta)
     stop = int(np.argmax(p_values > epsilon)) if (p_values > epsilon).any() else len(p_values)
     if not stop and risks[0] < delta:
         raise _too_little(table, delta, epsilon, float(risks[0]))
@@ -206,12 +193,13 @@ def certify_losses(table: Losses, delta: float, epsilon: float = 0.1) -> Certifi
         coverage=float(table.exits[:, last].sum() / table.rows.sum()) if stop else 0.0,
         p_values=tuple(p_values[: stop + 1].tolist()),
         unit=table.unit,
+        bound=bound,
     )
 
 
 def _too_little(table: Losses, delta: float, epsilon: float, risk: float) -> TooLittleData:
     have = len(table.rows)
-    need = math.ceil(math.log(1 / epsilon) / float(_divergence(np.asarray(risk), delta)))
+    need = math.ceil(math.log(1 / epsilon) / float(divergence(risk, delta)))
     noun = f"{table.unit}s"
     return TooLittleData(
         f"risk {delta:g} with confidence {1 - epsilon:g} cannot be promised from {have} {noun} "
@@ -279,6 +267,7 @@ class RiskMonitor:
         self._seen = 0.0
         # Small stakes for losses that are rare and large (probes of a few per cent of the rows).
         self._stakes = np.geomspace(1e-4, 0.5, 12) / delta
+        self._without_loss = 1 - self._stakes * delta
         self._wealth = np.zeros(len(self._stakes))
 
     def observe(self, loss: float, chance: float = 1.0) -> bool:
@@ -301,9 +290,9 @@ class RiskMonitor:
         self.risk += (x - self.risk) / self._seen
         start = 1 / (self.rows * (self.rows + 1))
         self._wealth += start
-        self._wealth *= 1 + self._stakes * (x - self.delta)
+        self._wealth *= self._without_loss + self._stakes * x if x else self._without_loss
         # What has not been staked yet is kept: 1 less the sum of all starts so far.
-        self.evidence = float(self._wealth.mean()) + 1 / (self.rows + 1)
+        self.evidence = float(self._wealth.sum()) / len(self._stakes) + 1 / (self.rows + 1)
         if self.evidence >= 1 / self.alpha:
             self.alert = True
         return self.alert
