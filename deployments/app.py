@@ -12,7 +12,8 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from deployments.autoscaling import ByQueue, ByRequests
-from deployments.cluster import Server, start
+from deployments.classify import ClassifierReplica
+from deployments.cluster import CLASSIFIER_CPUS, Server, start
 from deployments.deep import DeepReplica
 from deployments.ingress import Ingress
 from deployments.replica import FusedReplica
@@ -21,7 +22,7 @@ from deployments.shallow import ShallowReplica
 from fathom.api.auth import check_bind, digests_from_env
 from fathom.config import Placement, PoolConfig, Router, ServeConfig, Topology, from_mapping
 
-INGRESS, FUSED, SHALLOW, DEEP = "Ingress", "Engine", "Shallow", "Deep"
+INGRESS, FUSED, SHALLOW, DEEP, CLASSIFIER = "Ingress", "Engine", "Shallow", "Deep", "Classifier"
 """Names of the deployments."""
 
 # The ingress counts requests (see HandleBackend); Serve's own limits, of 5 by default, must never
@@ -69,7 +70,13 @@ def build(config: ServeConfig | Mapping[str, Any]) -> Application:
         graceful_shutdown_timeout_s=config.drain_s + 2,
         max_constructor_retry_count=1,
     )(serve.ingress()(Ingress))
-    return ingress.bind(engines, config, digests)
+    if not config.classifier:
+        return ingress.bind(engines, config, digests)
+    pool = PoolConfig(cpus=CLASSIFIER_CPUS)
+    classifier = _deployment(ClassifierReplica, CLASSIFIER, config, pool, ByRequests)
+    return ingress.bind(
+        engines, config, digests, classifier.bind(config.classifier, CLASSIFIER_CPUS)
+    )
 
 
 def run(config: ServeConfig, *, blocking: bool = True) -> Server:

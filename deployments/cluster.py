@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -23,9 +24,11 @@ from ray.serve.schema import LoggingConfig
 from deployments.proxy import CALLBACK, CALLBACK_VARIABLE
 from deployments.shared import end
 from fathom.config import ConfigError, Placement, ServeConfig, Topology
+from fathom.models.classifier_config import read_config
 from fathom.models.resolve import resolve_model
 
 APP_NAME = "fathom"
+CLASSIFIER_CPUS = 1
 
 
 class ServerError(RuntimeError):
@@ -73,6 +76,8 @@ def start(application: Application, config: ServeConfig) -> Server:
         ConfigError, ModelError, ServerError: see ``deployments.app.run``.
     """
     resolve_model(config.engine.model)  # a missing model should not cost Ray's start
+    if config.classifier:
+        read_config(Path(config.classifier))
     check_port(config.host, config.port)
     owns_ray = not ray.is_initialized()
     if owns_ray:
@@ -129,6 +134,7 @@ def cores_for(config: ServeConfig) -> int:
         cores += config.deep.cpus * (
             config.shallow.most if config.placement is Placement.BESIDE else config.deep.most
         )
+    cores += CLASSIFIER_CPUS if config.classifier else 0
     # Old replicas that drain have their cores until they are gone, and do not count as surge.
     return math.ceil(2 * cores) + 1
 

@@ -28,7 +28,7 @@ RETRY_AFTER_S = 2
 # first item and between items alike), is out of reach, or takes its node and the items on it along.
 # A call that no replica has taken waits for one in Serve's router, and raises nothing. A call that
 # was cancelled (TaskCancelledError) was cancelled by us: no loss.
-_LOSSES = (
+LOSSES = (
     RayActorError,
     DeploymentUnavailableError,
     ReplicaUnavailableError,
@@ -102,7 +102,7 @@ class HandleBackend:
                     raise item
                 yield item
             ended = True
-        except _LOSSES as error:
+        except LOSSES as error:
             # Also a replica that is only out of reach is told to stop, below.
             reason = str(error).partition("\n")[0].rstrip(".")
             raise ReplicaLost(reason or type(error).__name__) from error

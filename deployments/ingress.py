@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from deployments.classify import HandleClassifier
 from deployments.handle_backend import REPORT_TIMEOUT_S, HandleBackend
 from deployments.journal import RayJournal
 from deployments.shared import end_if_deleted
@@ -32,13 +33,18 @@ class Ingress:
     Args:
         engine: handle of the replicas.
         key_digests: of the API keys; a key itself never reaches Ray.
+        classifier: handle of its replicas, if one is served.
 
     Raises:
         ModelError: if the tokenizer cannot be loaded.
     """
 
     def __init__(
-        self, engine: DeploymentHandle, config: ServeConfig, key_digests: Sequence[bytes]
+        self,
+        engine: DeploymentHandle,
+        config: ServeConfig,
+        key_digests: Sequence[bytes],
+        classifier: DeploymentHandle | None = None,
     ) -> None:
         self._siblings = None
         if config.num_ingress_replicas > 1:
@@ -60,6 +66,9 @@ class Ingress:
             isolate_tenants=config.isolate_tenants,
         )
         backend.on_resumption = self._service.metrics.resumptions.inc
+        self._classifier = None
+        if classifier is not None:
+            self._classifier = HandleClassifier(classifier, limit=config.max_requests)
         self._key_digests = tuple(key_digests)
         self._max_body_bytes = config.max_body_bytes
 
@@ -71,6 +80,7 @@ class Ingress:
             max_body_bytes=self._max_body_bytes,
             echo_request_id=False,  # Serve's proxy does
             all_metrics=self._all_metrics if self._siblings else None,
+            classifier=self._classifier,
         )
 
     def measured(self) -> tuple[str, list[Metric]]:

@@ -133,6 +133,8 @@ class ServeConfig:
     Attributes:
         engine: what each replica runs.
         model_name: the name clients ask for; empty takes ``engine.model``.
+        classifier: folder of a classifier to serve beside it under ``/v1/classify``; empty for
+            none. Its replicas must see it under this path.
         host, port: where HTTP binds. Without an API key only loopback addresses are allowed.
         num_ingress_replicas: processes that speak HTTP's side. Figures of requests in ``/metrics``
             are then one series each.
@@ -167,6 +169,7 @@ class ServeConfig:
 
     engine: EngineConfig = field(default_factory=EngineConfig)
     model_name: str = ""
+    classifier: str = ""
     host: str = "127.0.0.1"
     port: int = 8000
     num_ingress_replicas: int = 1

@@ -113,6 +113,11 @@ class Ledger:
             account.lm_head_rows += rows
             account.flops += 2 * self.costs.lm_head_params * rows
 
+    def enter_meta(self, page: ComputeUsage, params: int) -> None:
+        """Enter one row through a classifier of so many matmul parameters."""
+        for account in (page, self.total):
+            account.flops += 2 * params
+
     def enter_flush(self, pages: list[ComputeUsage]) -> None:
         """Enter one deep pass that served these requests."""
         self.total.flushes += 1

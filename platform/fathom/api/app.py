@@ -17,6 +17,7 @@ from fathom import __version__
 from fathom.api.auth import KeyMiddleware, owner_of
 from fathom.api.backend import BackendUnavailable
 from fathom.api.caller import Caller, RequestIdMiddleware, caller_of
+from fathom.api.classify import ClassifierBackend, add_classify_route, classifier_card
 from fathom.api.errors import install_error_handlers, model_not_found
 from fathom.api.limits import BodyLimitMiddleware
 from fathom.api.schemas import ChatCompletionRequest, CompletionRequest
@@ -35,6 +36,7 @@ def create_app(
     max_body_bytes: int,
     echo_request_id: bool = True,
     all_metrics: AllMetrics | None = None,
+    classifier: ClassifierBackend | None = None,
 ) -> FastAPI:
     """Build the application.
 
@@ -44,6 +46,7 @@ def create_app(
         max_body_bytes: largest request body.
         echo_request_id: put ``X-Request-Id`` on answers; not behind a proxy that does.
         all_metrics: where there are other ingresses than this one.
+        classifier: what answers ``/v1/classify``, if anything.
     """
     app = FastAPI(
         title="Fathom",
@@ -57,7 +60,9 @@ def create_app(
     app.add_middleware(KeyMiddleware, digests=key_digests)
     app.add_middleware(RequestIdMiddleware, echo=echo_request_id)
     _add_completion_routes(app, service)
-    _add_model_routes(app, service)
+    if classifier is not None:
+        add_classify_route(app, classifier)
+    _add_model_routes(app, service, classifier)
     _add_operator_routes(app, service, all_metrics)
     return app
 
@@ -78,12 +83,12 @@ def _add_completion_routes(app: FastAPI, service: Service) -> None:
         return _respond(await service.stream(caller))
 
 
-def _add_model_routes(app: FastAPI, service: Service) -> None:
+def _add_model_routes(app: FastAPI, service: Service, classifier: ClassifierBackend | None) -> None:
     created = int(time.time())
 
-    async def card() -> dict[str, Any]:
+    async def cards() -> list[dict[str, Any]]:
         info = await service.info()
-        return {
+        model = {
             "id": service.model_name,
             "object": "model",
             "created": created,
@@ -93,17 +98,21 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
             "exit_layer": info.exit_layer,
             "exit_depth": info.exit_depth,
         }
+        if classifier is None:
+            return [model]
+        return [model, classifier_card(await classifier.classifier_info(), created)]
 
     @app.get("/v1/models", response_model=None)
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [await card()]}
+        return {"object": "list", "data": await cards()}
 
     # A model's name may hold slashes, as hub names do.
     @app.get("/v1/models/{name:path}", response_model=None)
     async def model(name: str) -> dict[str, Any]:
-        if name != service.model_name:
-            raise model_not_found(name)
-        return await card()
+        for card in await cards():
+            if card["id"] == name:
+                return card
+        raise model_not_found(name)
 
 
 def _add_operator_routes(app: FastAPI, service: Service, all_metrics: AllMetrics | None) -> None:

@@ -203,7 +203,9 @@ def _measure(
                 engine, prompts, exact[-1].token_ids, full[-1].token_ids
             )
     if args.trace is not None and not interrupted:
-        with traced(engine, args.trace):  # a pass of its own: tracing takes time
+        with traced(
+            engine, args.trace, hidden=args.trace_hidden
+        ):  # a pass of its own: tracing takes time
             for contender in contenders:
                 if contender.engine == "fathom":
                     contender.run(prompts, max(batches), args.new_tokens)

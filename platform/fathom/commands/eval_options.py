@@ -86,7 +86,8 @@ def add_options(parser: Any) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write meta and rows here")
     parser.add_argument("--resume", action="store_true", help="go on with OUT.partial")
-    add_trace_option(parser)
+    # Its probe keeps what it has seen as JSON: no place for exit states.
+    add_trace_option(parser, hidden=False)
     add_compute_options(parser, mode=False)
     add_engine_options(parser)
 

@@ -139,7 +139,7 @@ def _stream(args: argparse.Namespace, config: EngineConfig, text: str) -> int:
         )
     )
     try:
-        with traced(engine, args.trace):
+        with traced(engine, args.trace, hidden=args.trace_hidden):
             while engine.has_work():
                 for output in engine.step():
                     first = first or (time.perf_counter() if output.tokens else None)
@@ -201,7 +201,7 @@ def _batch(args: argparse.Namespace, config: EngineConfig, prompts: Sequence[Pro
         if index not in done
     }
     failed = sum(r.get("finish_reason") == FinishReason.ERROR.value for r in done.values())
-    with traced(engine, args.trace):
+    with traced(engine, args.trace, hidden=args.trace_hidden):
         failed += run_batch(engine, requests, results, total=len(prompts), notes=notes)
     if failed:
         print(f"fathom: error: {failed} of {len(prompts)} requests failed", file=sys.stderr)

@@ -7,7 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 from fathom.config import DEFAULT_MODEL, DTYPES, EngineConfig
-from fathom.types import AcceptMode, ComputePolicy, InvalidRequest, PolicyName, SamplingParams
+from fathom.types import (
+    AcceptMode,
+    ComputePolicy,
+    Confidence,
+    InvalidRequest,
+    PolicyName,
+    SamplingParams,
+)
 
 MODE_HELP = "full and exact are lossless; rollback, free and copy (CALM's) are lossy"
 
@@ -81,7 +88,7 @@ def add_compute_options(parser: argparse.ArgumentParser, *, mode: bool = True) -
     group.add_argument(
         "--policy",
         choices=[policy.value for policy in PolicyName],
-        help="what decides an exit (default: threshold; forced with --forced-exit-rate)",
+        help="what decides an exit (default: threshold; forced, budget or risk with their options)",
     )
     group.add_argument(
         "--exit-threshold",
@@ -89,6 +96,42 @@ def add_compute_options(parser: argparse.ArgumentParser, *, mode: bool = True) -
         metavar="X",
         help="exit above this confidence, in [0, 1] (default: 0.5 where drafts are verified, "
         "0.9 in free)",
+    )
+    group.add_argument(
+        "--confidence",
+        choices=[confidence.value for confidence in Confidence],
+        help="what the threshold is compared with (default: softmax_gap)",
+    )
+    group.add_argument(
+        "--exit-temperature",
+        type=float,
+        metavar="T",
+        help="divide the exit head's logits by this before the confidence is taken (default: 1)",
+    )
+    group.add_argument(
+        "--budget",
+        type=float,
+        metavar="B",
+        help="spend this share of full compute a token, in (0, 1] (policy budget)",
+    )
+    group.add_argument(
+        "--risk",
+        type=float,
+        metavar="D",
+        help="differ from the full model on at most this share of tokens, in (0, 1) (policy risk)",
+    )
+    group.add_argument(
+        "--risk-confidence",
+        type=float,
+        metavar="C",
+        help="probability with which the promise of --risk holds (default: 0.9)",
+    )
+    group.add_argument(
+        "--probe-rate",
+        type=float,
+        metavar="R",
+        help="share of exits that go to the deep stage all the same, to learn from (default: 0.02 "
+        "under the policies adaptive and risk, else 0)",
     )
     group.add_argument(
         "--forced-exit-rate",
@@ -125,9 +168,18 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 def compute_values(args: argparse.Namespace) -> dict[str, Any]:
     """The compute options that were given, as fields of ``ComputePolicy``."""
     values = _given(args, *ComputePolicy.__dataclass_fields__)
-    if "forced_exit_rate" in values:
-        values.setdefault("policy", PolicyName.FORCED)
-    for name, kind in (("mode", AcceptMode), ("policy", PolicyName)):
+    for name, policy in (
+        ("forced_exit_rate", PolicyName.FORCED),
+        ("budget", PolicyName.BUDGET),
+        ("risk", PolicyName.RISK),
+    ):
+        if name in values:
+            values.setdefault("policy", policy)
+    for name, kind in (
+        ("mode", AcceptMode),
+        ("policy", PolicyName),
+        ("confidence", Confidence),
+    ):
         if name in values:
             values[name] = kind(values[name])
     return values

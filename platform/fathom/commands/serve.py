@@ -7,6 +7,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fathom.commands.options import (
@@ -50,6 +51,11 @@ def add_parser(commands: Any) -> None:
     server.add_argument("--host", help="address to bind (default: 127.0.0.1)")
     server.add_argument("--port", type=int, help="port to bind (default: 8000)")
     server.add_argument("--model-name", metavar="NAME", help="what clients ask for")
+    server.add_argument(
+        "--classifier",
+        metavar="DIR",
+        help="a classifier of `fathom train multi-exit`, served beside the model at /v1/classify",
+    )
     server.add_argument("--replicas", type=int, metavar="N", help="fused replicas (default: 1)")
     server.add_argument(
         "--threads", type=int, metavar="N", help="CPU cores and threads of a replica (default: 1)"
@@ -88,6 +94,7 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
             host=args.host,
             port=args.port,
             model_name=args.model_name,
+            classifier=args.classifier and str(Path(args.classifier).absolute()),
             topology=_topology(args, config),
             num_replicas=args.replicas,
             cpus_per_replica=args.threads,

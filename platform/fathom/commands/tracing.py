@@ -15,14 +15,20 @@ if TYPE_CHECKING:
     from fathom.engine.trace import DraftRecord
 
 
-def add_trace_option(parser: Any) -> None:
-    """Declare ``--trace``."""
+def add_trace_option(parser: Any, *, hidden: bool = True) -> None:
+    """Declare ``--trace``, and ``--trace-hidden`` where the command can write exit states."""
     parser.add_argument(
         "--trace",
         type=Path,
         metavar="FILE",
         help="write confidence and agreement of every draft to this Parquet file",
     )
+    if hidden:
+        parser.add_argument(
+            "--trace-hidden",
+            action="store_true",
+            help="write the exit states as well, for `fathom calibrate meta`; the file is large",
+        )
 
 
 def check_trace(args: argparse.Namespace) -> None:
@@ -31,6 +37,8 @@ def check_trace(args: argparse.Namespace) -> None:
     Raises:
         UsageError: if the file cannot be written there.
     """
+    if args.trace is None and getattr(args, "trace_hidden", False):
+        raise UsageError("--trace-hidden needs --trace FILE, where the exit states go.")
     if args.trace is not None and not args.trace.absolute().parent.is_dir():
         raise UsageError(f"{args.trace}: there is no such folder; make it first.")
 
@@ -45,29 +53,24 @@ def trace_file(engine: Engine, path: Path | None) -> Iterator[Callable[[DraftRec
     if path is None:
         yield lambda record: None
         return
-    from fathom.tuning.traces import TraceWriter
+    from fathom.tuning.traces import TraceWriter, describe
 
-    info = engine.info
-    metadata = {
-        "model": info.model,
-        "weights_digest": info.weights_digest,
-        "adapter": info.adapter,
-        "exit_layer": str(info.exit_layer),
-        "exit_depth": str(info.exit_depth),
-        "num_layers": str(info.num_layers),
-    }
-    with TraceWriter(path, metadata) as writer:
+    with TraceWriter(path, describe(engine)) as writer:
         yield writer.add
 
 
 @contextmanager
-def traced(engine: Engine, path: Path | None) -> Iterator[None]:
-    """Trace an engine while the context lasts; without a path, do nothing."""
+def traced(engine: Engine, path: Path | None, *, hidden: bool = False) -> Iterator[None]:
+    """Trace an engine while the context lasts; without a path, do nothing.
+
+    Args:
+        hidden: whether exit states are written as well.
+    """
     if path is None:
         yield
         return
     with trace_file(engine, path) as write:
-        engine.trace(write)
+        engine.trace(write, hidden=hidden)
         try:
             yield
         finally:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fathom.commands import probe
+from fathom.commands import probe, train_multi_exit
 from fathom.commands.options import HelpFormatter, UsageError, add_command
 from fathom.config import DEFAULT_MODEL
 
@@ -70,6 +70,7 @@ def add_parser(commands: Any) -> None:
     _add_recipe(parser)
     _add_machine(parser)
     probe.add_parser(targets)
+    train_multi_exit.add_parser(targets)
 
 
 def _add_shape(parser: argparse.ArgumentParser) -> None:
@@ -122,7 +123,9 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 
 
 def _needs_target(args: argparse.Namespace) -> int:
-    raise UsageError("say what to do: fathom train exits or probe (--help shows the options).")
+    raise UsageError(
+        "say what to do: fathom train exits, probe or multi-exit (--help shows the options)."
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -21,6 +21,7 @@ from fathom.engine.scheduler import Scheduler
 from fathom.engine.shallow import ShallowStage
 from fathom.engine.shared import SharedBlocks
 from fathom.engine.stage import Stage
+from fathom.exits.live import LivePolicies
 from fathom.kvstore.store import KVStore
 from fathom.ledger import Ledger
 from fathom.models.adapters import Adapter, find_adapter
@@ -119,6 +120,7 @@ def engine_over(
     """An engine over its shallow stage and a deep one, wherever that is."""
     config = plan.config
     ledger = Ledger(plan.costs(head.num_params))
+    policies = LivePolicies(ledger.costs.exit_cost)
     cache = PagedKVCache(plan.num_blocks, config.block_size, shallow.pool)
     scheduler = Scheduler(
         shallow=cache,
@@ -142,7 +144,8 @@ def engine_over(
     exit_vocab = plan.model.vocab_size if head.token_ids is None else len(head.token_ids)
     return Engine(
         info=plan.info(exit_vocab),
-        shallow=ShallowStage(shallow, cache, head, ledger),
+        shallow=ShallowStage(shallow, cache, head, ledger, policies),
+        policies=policies,
         deep=deep,
         scheduler=scheduler,
         ledger=ledger,

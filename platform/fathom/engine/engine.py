@@ -24,6 +24,7 @@ from fathom.engine.sequence import Sequence
 from fathom.engine.shallow import ShallowStage
 from fathom.engine.text import DetokenizerFactory
 from fathom.engine.trace import TraceListener, record_of
+from fathom.exits.live import LivePolicies
 from fathom.ledger import Ledger
 from fathom.types import (
     FinishReason,
@@ -43,6 +44,7 @@ class Engine:
 
     Attributes:
         info: what it runs. ledger: the account of compute since it started.
+        policies: what the exit policies have seen.
         stage_costs: measured at the start. tokenizer: None where only token ids matter.
     """
 
@@ -54,6 +56,7 @@ class Engine:
         deep: DeepStage,
         scheduler: Scheduler,
         ledger: Ledger,
+        policies: LivePolicies,
         stage_costs: StageCosts,
         pause_drafting: bool = True,
         tokenizer: object | None = None,
@@ -61,6 +64,7 @@ class Engine:
     ) -> None:
         self.info = info
         self.ledger = ledger
+        self.policies = policies
         self.stage_costs = stage_costs
         self.tokenizer = tokenizer
         self._shallow = shallow
@@ -93,10 +97,15 @@ class Engine:
         """The deep stage, here or elsewhere, for its figures."""
         return self._deep
 
-    def trace(self, listener: TraceListener | None) -> None:
-        """Tell ``listener`` of every draft that the deep stage has judged; None tells nobody."""
+    def trace(self, listener: TraceListener | None, *, hidden: bool = False) -> None:
+        """Tell ``listener`` of every draft that the deep stage has judged; None tells nobody.
+
+        Args:
+            hidden: whether records hold the exit states.
+        """
         self._listener = listener
         self._shallow.traced = listener is not None
+        self._shallow.keeps_hidden = hidden
 
     # Requests
 
@@ -117,6 +126,7 @@ class Engine:
             max_rows=self._scheduler.max_rows,
             has_tokenizer=self._new_detokenizer is not None,
         )
+        self.policies.check(request.compute)
         family = new_sequences(request, self.info, self._next_seq_id, self._new_detokenizer)
         if request.resumed:
             resume(family, self.info, self.ledger)
@@ -169,6 +179,7 @@ class Engine:
         """Figures of this moment and totals since the start; names as in the metrics."""
         return {
             **figures(self._scheduler, self._deep, self.ledger),
+            **self.policies.figures(),
             "drafting_paused": float(self._draft_rule is not None and self._draft_rule.paused),
         }
 
@@ -328,7 +339,7 @@ class Engine:
         for decision, row, choice, logprob in zip(
             pending, rows, result.argmax, result.logprobs, strict=True
         ):
-            scores = row
+            scores, best = row, choice
             if not as_it_is:
                 assert row is not None
                 scores = sampling.adjust(
@@ -349,8 +360,11 @@ class Engine:
                 seed=seq.seed,
                 epoch=seq.epoch,
             )
-            if self._listener is not None and decision.best >= 0:
-                self._listener(record_of(seq, decision, choice))
+            if decision.best >= 0:
+                agrees = decision.best == best
+                self.policies.observe(compute, decision.confidence, agrees, probe=decision.probe)
+            if self._listener is not None and decision.notes is not None:
+                self._listener(record_of(seq, decision, choice, self._shallow.head.column_of))
             drafted = decision.token is not None
             if drafted and not decision.resumed:
                 self.ledger.enter_verdict(seq.compute, accepted=verdict.agreed)

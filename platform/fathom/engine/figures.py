@@ -30,4 +30,5 @@ def figures(scheduler: Scheduler, deep: DeepStage, ledger: Ledger) -> dict[str, 
         "flush_rows": total.flush_rows / max(total.flushes, 1),
         "generation_tokens": total.decided,
         "flops": total.flops,
+        "probes": total.probes,
     }

@@ -10,7 +10,8 @@ class EngineInfo:
     """What an engine runs.
 
     Attributes:
-        model: as configured. adapter: its name, empty for none. num_layers: L.
+        model: as configured. adapter: its name, empty for none; adapter_digest: sha256 of its
+            file, empty for none. num_layers: L.
         exit_layer: k, where the stages part. exit_depth: layers behind a drafted token, the
             shallow stage's own exit layers included.
         exit_vocab: tokens that the exit head scores. num_blocks: KV blocks of each stage.
@@ -19,6 +20,7 @@ class EngineInfo:
 
     model: str
     adapter: str
+    adapter_digest: str
     num_layers: int
     exit_layer: int
     exit_depth: int

@@ -104,6 +104,7 @@ class SplitPlan:
             model=self.config.model,
             num_layers=self.model.num_layers,
             adapter=self.adapter,
+            adapter_digest=self.adapter_digest,
             exit_layer=self.exit_layer,
             exit_depth=self.exit_layer + self.exit_layers,
             exit_vocab=exit_vocab,

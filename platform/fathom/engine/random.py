@@ -15,6 +15,7 @@ class Draw(IntEnum):
     ACCEPT = 2
     RESAMPLE = 3
     FORCED_EXIT = 4
+    PROBE = 5
 
 
 def uniform(seed: int, position: int, epoch: int, purpose: Draw) -> float:

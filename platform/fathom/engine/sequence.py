@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +15,9 @@ from fathom.engine.text import TextStream
 from fathom.kvstore.keys import BlockKey
 from fathom.types import ComputeUsage, FinishReason, PolicyName, Request, Token
 
+if TYPE_CHECKING:
+    from fathom.engine.trace import Notes
+
 
 @dataclass(slots=True)
 class Decision:
@@ -22,11 +26,12 @@ class Decision:
     Attributes:
         position: position of the row that decides; the token goes to ``position + 1``.
         token: the draft, or None where the deep stage decides.
-        confidence: of the draft.
+        confidence: of the draft, by the request's own measure; NaN where the head was not asked.
         draft_probs: [vocabulary] float64 that the draft was drawn from, where the accept rule
             needs it (``exact`` at temperature > 0).
-        best: the exit head's best token, exited or not, and entropy: of its distribution in nats;
-            noted where the engine is traced.
+        best: the exit head's best token, exited or not; -1 where it was not asked.
+        probe: the draft would have left, but the deep stage is asked all the same.
+        notes: what else the exit head said; where the engine is traced.
         resumed: another engine's draft, lost with it: judged again, but in no account or trace.
     """
 
@@ -35,7 +40,8 @@ class Decision:
     confidence: float
     draft_probs: torch.Tensor | None = None
     best: int = -1
-    entropy: float = float("nan")
+    probe: bool = False
+    notes: Notes | None = None
     resumed: bool = False
 
 
@@ -151,6 +157,12 @@ class Sequence:
     def num_drafts(self) -> int:
         """Drafted tokens that no flush has looked at."""
         return sum(decision.token is not None for decision in self.pending)
+
+    @property
+    def spent(self) -> tuple[int, int]:
+        """Output tokens decided at the exit, and all; in both are drafts without a verdict."""
+        held = self.num_drafts if self.request.compute.holds_drafts else 0
+        return self.compute.exited + held, self.compute.decided + held
 
     @property
     def judged(self) -> list[Decision]:

@@ -10,31 +10,44 @@ import torch
 from fathom.attention.backend import SequenceRows
 from fathom.attention.paged_cache import PagedKVCache
 from fathom.engine import sampling
+from fathom.engine.confidences import ExitRows, confidences
 from fathom.engine.drafting import CATCH_UP_ROWS, MAX_LAG, is_scout, may_pause
 from fathom.engine.random import Draw, uniform
 from fathom.engine.scheduler import ShallowWork
 from fathom.engine.sequence import Decision, Sequence
 from fathom.engine.stage import Pass, Stage
-from fathom.exits.confidence import entropy, softmax_gap
+from fathom.engine.trace import take_notes
+from fathom.exits.live import LivePolicies
 from fathom.exits.policy import exits
 from fathom.ledger import Ledger
 from fathom.models.heads import ExitHead
-from fathom.types import AcceptMode, PolicyName
+from fathom.types import AcceptMode, Confidence, PolicyName
 
 
 class ShallowStage:
     """Runs rows up to the exit layer, and decides for each sequence whether its token leaves.
 
     Attributes:
-        traced: whether decisions note the head's best token and entropy.
+        head: the exit head.
+        traced: whether decisions note all that the head says. keeps_hidden: exit states too.
     """
 
-    def __init__(self, stage: Stage, cache: PagedKVCache, head: ExitHead, ledger: Ledger) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        cache: PagedKVCache,
+        head: ExitHead,
+        ledger: Ledger,
+        policies: LivePolicies,
+    ) -> None:
         self._stage = stage
         self._cache = cache
-        self._head = head
+        self.head = head
         self._ledger = ledger
+        self._policies = policies
+        self._width = stage.decoder.config.hidden_size
         self.traced = False
+        self.keeps_hidden = False
 
     def run(
         self, work: Rows[ShallowWork], *, pause: bool = False
@@ -61,10 +74,13 @@ class ShallowStage:
                 deciding.append((seq, len(ids) - 1))
         whole = self._stage.plan(rows)
         hidden = decoder.embed(torch.tensor(ids, dtype=torch.int64, device=decoder.device))
-        hidden = self._stage.run(whole, hidden)
+        # Without layers of its own, the exit reads what the stage puts out.
+        noting = self._stage.exit_layers is None and self._notes_earlier(work)
+        hidden = self._stage.run(whole, hidden, noting=noting)
+        states = hidden[:, : self._width]
         row = 0
         for item in work:
-            item.seq.states.append(hidden[row : row + item.num_rows])
+            item.seq.states.append(states[row : row + item.num_rows])
             item.seq.shallow_len += item.num_rows
             row += item.num_rows
         return self._decide(deciding, self._exit_states(work, whole, hidden, pause=pause))
@@ -72,7 +88,8 @@ class ShallowStage:
     def _exit_states(
         self, work: Rows[ShallowWork], whole: Pass, hidden: torch.Tensor, *, pause: bool
     ) -> torch.Tensor:
-        """What the exit head reads: [rows, d], undefined where a sequence does not draft.
+        """What the exit head reads: [rows, d], undefined where a sequence does not draft; where
+        somebody compares, [rows, 2 * d] with the states one layer before behind.
 
         Every row of a sequence that drafts passes the exit layers, for later rows look back at it.
         Rows that came in a pause pass them when it is over.
@@ -83,12 +100,13 @@ class ShallowStage:
             seq.exit_len = start + count
         if self._stage.exit_layers is None or not places:
             return hidden
+        noting = self._notes_earlier(work)
         if sum(count for _, _, count in places) == len(hidden) and len(places) == len(work):
-            return self._stage.run_exit_layers(whole, hidden)
+            return self._stage.run_exit_layers(whole, hidden, noting=noting)
         part = self._stage.plan([self._cache.rows(s.seq_id, start, n) for s, start, n in places])
         states = torch.cat([s.states.rows(start, start + n) for s, start, n in places])
-        states = self._stage.run_exit_layers(part, states)
-        exit_states = torch.empty_like(hidden)
+        states = self._stage.run_exit_layers(part, states, noting=noting)
+        exit_states = states.new_empty(len(hidden), states.shape[1])
         ends = dict(
             zip((s for s, _, _ in places), accumulate(n for _, _, n in places), strict=True)
         )
@@ -123,6 +141,12 @@ class ShallowStage:
             spare -= min(lag, spare)
         return places
 
+    def _notes_earlier(self, work: Rows[ShallowWork]) -> bool:
+        """Whether somebody compares the exit states with those of one layer before."""
+        return self.traced or any(
+            item.seq.request.compute.confidence is Confidence.SATURATION for item in work
+        )
+
     def _enter(self, seq: Sequence, start: int, rows: int, layers: int) -> None:
         self._ledger.enter_rows(
             seq.compute, start=start, rows=rows, first_decision=seq.num_prompt - 1, layers=layers
@@ -142,19 +166,21 @@ class ShallowStage:
         if not drafting:
             return decided
         index = torch.tensor([row for _, row in drafting], device=hidden.device)
-        logits = self._head.logits(hidden[index])
-        gaps, columns = softmax_gap(logits)
-        for (seq, _), confidence, column, row_logits in zip(
-            drafting, gaps.tolist(), columns.tolist(), logits, strict=True
+        states, *earlier = torch.split(hidden[index], self._width, dim=1)
+        rows = ExitRows(self.head.logits(states), states, earlier[0] if earlier else None)
+        computes = [seq.request.compute for seq, _ in drafting]
+        scores, columns = confidences(computes, rows)
+        notes = take_notes(rows, hidden=self.keeps_hidden) if self.traced else [None] * len(index)
+        for (seq, _), confidence, column, logits, note in zip(
+            drafting, scores, columns, rows.logits, notes, strict=True
         ):
             self._ledger.enter_exit_head(seq.compute, 1)
-            self._draft(seq, confidence, column, row_logits)
-            if self.traced:
-                decision = seq.pending[-1]
-                decision.best = self._head.token_of(column)
-                decision.entropy = entropy(row_logits)
+            self._draft(seq, confidence, column, logits)
+            decision = seq.pending[-1]
+            decision.best = self.head.token_of(column)
+            decision.notes = note
             reported = seq.request.sampling.logprobs is not None
-            decided.append((seq, self._head.spread(row_logits) if reported else row_logits))
+            decided.append((seq, self.head.spread(logits) if reported else logits))
         return decided
 
     def _may_draft(self, seq: Sequence) -> bool:
@@ -168,8 +194,10 @@ class ShallowStage:
         held = compute.holds_drafts or compute.copies_states
         return not (held and seq.decided < seq.num_prompt)
 
-    def _leave_to_deep_stage(self, seq: Sequence, confidence: float) -> None:
-        seq.pending.append(Decision(seq.shallow_len - 1, None, confidence))
+    def _leave_to_deep_stage(
+        self, seq: Sequence, confidence: float, *, probe: bool = False
+    ) -> None:
+        seq.pending.append(Decision(seq.shallow_len - 1, None, confidence, probe=probe))
         seq.decided = seq.shallow_len
         seq.waiting = True
 
@@ -180,15 +208,20 @@ class ShallowStage:
         chance = 0.0
         if compute.policy is PolicyName.FORCED:
             chance = uniform(seq.seed, position, seq.epoch, Draw.FORCED_EXIT)
-        if not exits(compute, confidence, uniform=chance):
+        threshold = self._policies.threshold_for(compute, *seq.spent)
+        if not exits(compute, confidence, threshold=threshold, uniform=chance):
             return self._leave_to_deep_stage(seq, confidence)
+        rate = compute.probes
+        if rate and uniform(seq.seed, position, seq.epoch, Draw.PROBE) < rate:
+            self._ledger.enter_probe(seq.compute)
+            return self._leave_to_deep_stage(seq, confidence, probe=True)
         params = seq.request.sampling
         probs = None
         if sampling.is_greedy(params) and sampling.is_plain(params):
-            token = self._head.token_of(column)
+            token = self.head.token_of(column)
         else:
             adjusted = sampling.adjust(
-                self._head.spread(logits),
+                self.head.spread(logits),
                 params,
                 seq.request.prompt_token_ids,
                 seq.tokens[seq.num_prompt :],
@@ -207,5 +240,6 @@ class ShallowStage:
         seq.decided = seq.shallow_len
         if compute.copies_states:
             seq.copied.append(position)
+            self._policies.observe(compute, confidence, None)  # no flush will look at it
         self._ledger.enter_draft(seq.compute)
         return None

@@ -55,23 +55,26 @@ class Stage:
         attend = self._backend.plan(batch, self.pool, self.decoder.config.num_heads)
         return Pass(batch.positions, attend)
 
-    def run(self, rows: Pass, hidden: torch.Tensor) -> torch.Tensor:
+    def run(self, rows: Pass, hidden: torch.Tensor, *, noting: bool = False) -> torch.Tensor:
         """Run all layers of the stage.
 
         Args:
             hidden: [rows, d], input of the first layer.
+            noting: whether the input of the last layer is wanted as well.
 
         Returns:
-            [rows, d], output of the last layer.
+            [rows, d], output of the last layer; if ``noting`` [rows, 2 * d], with its input behind.
         """
-        return self._layers(self.decoder, self.first, self.last, rows, hidden)
+        return self._layers(self.decoder, self.first, self.last, rows, hidden, noting)
 
-    def run_exit_layers(self, rows: Pass, hidden: torch.Tensor) -> torch.Tensor:
+    def run_exit_layers(
+        self, rows: Pass, hidden: torch.Tensor, *, noting: bool = False
+    ) -> torch.Tensor:
         """Run the layers that only the shallow path has; see ``run``."""
         if self.exit_layers is None:
             return hidden
         own = self.exit_layers
-        return self._layers(own, own.first, own.last, rows, hidden)
+        return self._layers(own, own.first, own.last, rows, hidden, noting)
 
     def copy_states(self, sequences: Sequence[SequenceRows], hidden: torch.Tensor) -> None:
         """Fill the pool as if no layer of the stage changed the state (CALM).
@@ -89,13 +92,26 @@ class Stage:
         )
 
     def _layers(
-        self, decoder: Decoder, first: int, last: int, rows: Pass, hidden: torch.Tensor
+        self,
+        decoder: Decoder,
+        first: int,
+        last: int,
+        rows: Pass,
+        hidden: torch.Tensor,
+        noting: bool,
     ) -> torch.Tensor:
         offset, attend = self.first, rows.attend
-        return decoder.run(
-            hidden,
-            rows.positions,
-            first,
-            last,
-            lambda layer, q, kv: attend(layer - offset, q, kv),
-        )
+
+        def run(hidden: torch.Tensor, first: int, last: int) -> torch.Tensor:
+            return decoder.run(
+                hidden,
+                rows.positions,
+                first,
+                last,
+                lambda layer, q, kv: attend(layer - offset, q, kv),
+            )
+
+        if not noting:
+            return run(hidden, first, last)
+        earlier = run(hidden, first, last - 1)
+        return torch.cat([run(earlier, last - 1, last), earlier], dim=1)

@@ -167,7 +167,7 @@ def _probe(
                 session.partial.put(key, values)
             for _ in block:
                 advance()
-            records = [DraftRecord(**value) for value in values]
+            records = [DraftRecord(**{**v, "lse": tuple(v["lse"])}) for v in values]
             for record in records:
                 session.on_draft(record)
             found[part.name] += records

@@ -1,6 +1,11 @@
-"""Confidence of the shallow stage in its draft."""
+"""Confidence of the shallow stage in its draft: scores in [0, 1], larger is surer.
+
+A row without a finite total has no confidence: NaN, which no policy takes for confidence.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -24,11 +29,42 @@ def softmax_gap(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.where(torch.isfinite(total), gap, torch.nan), index
 
 
-def entropy(logits: torch.Tensor) -> float:
-    """Entropy of one row's distribution, in nats.
+def max_prob(logits: torch.Tensor) -> torch.Tensor:
+    """The largest probability of each row, [rows] float32.
 
     Args:
-        logits: [vocabulary] float.
+        logits: [rows, vocabulary] float.
     """
-    log_p = torch.log_softmax(logits.float(), -1)
-    return float(-(log_p.exp() * log_p).nan_to_num().sum())
+    logits = logits.float()
+    total = torch.logsumexp(logits, dim=-1)
+    return torch.where(torch.isfinite(total), (logits.amax(dim=-1) - total).exp(), torch.nan)
+
+
+def entropy_score(logits: torch.Tensor) -> torch.Tensor:
+    """1 - H / log V of each row: 1 where all mass is on one token, 0 where it is spread evenly.
+
+    Args:
+        logits: [rows, V] float, V >= 2.
+
+    Returns:
+        [rows] float32.
+    """
+    log_p = torch.log_softmax(logits.float(), dim=-1)
+    entropy = -(log_p.exp() * log_p).nan_to_num().sum(dim=-1)
+    score = (1 - entropy / math.log(logits.shape[-1])).clamp(0, 1)
+    return torch.where(torch.isfinite(log_p.amax(dim=-1)), score, torch.nan)
+
+
+def saturation(states: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
+    """(1 + cosine) / 2 of each exit state with the state one layer before.
+
+    Hidden-state saturation of CALM (Schuster et al. 2022, section 3.4), put into [0, 1].
+
+    Args:
+        states, earlier: [rows, d] float.
+
+    Returns:
+        [rows] float32.
+    """
+    cosine = torch.cosine_similarity(states.float(), earlier.float(), dim=-1)
+    return ((1 + cosine) / 2).clamp(0, 1)

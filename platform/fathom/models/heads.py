@@ -42,6 +42,8 @@ class ExitHead:
         self._adapter = None if adapter is None else Linear(adapter)
         self._subset = None if rows is None else Linear(rows)
         self.token_ids = token_ids
+        self._tokens = None if token_ids is None else token_ids.tolist()
+        self._columns = None if self._tokens is None else {t: i for i, t in enumerate(self._tokens)}
         size = decoder.config.vocab_size if token_ids is None else len(token_ids)
         adapter_size = 0 if adapter is None else adapter.numel()
         self.num_params = size * decoder.config.hidden_size + adapter_size
@@ -67,7 +69,11 @@ class ExitHead:
 
     def token_of(self, column: int) -> int:
         """The token that a column of ``logits`` scores."""
-        return column if self.token_ids is None else int(self.token_ids[column])
+        return column if self._tokens is None else self._tokens[column]
+
+    def column_of(self, token: int) -> int | None:
+        """The column of ``logits`` that scores a token; None if none does."""
+        return token if self._columns is None else self._columns.get(token)
 
     def spread(self, logits: torch.Tensor) -> torch.Tensor:
         """One row of ``logits`` [n] over the whole vocabulary [V], -inf where not scored."""

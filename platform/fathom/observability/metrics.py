@@ -9,6 +9,7 @@ measured is labelled with the ingress, and a sum over that label is the server's
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -37,6 +38,8 @@ _COUNTERS = frozenset(
         "prefix_cache_queries",
         "kv_store_hits",
         "deep_reopens",
+        "policy_samples",
+        "probes",
     }
 )
 # The server counts these itself, under the plain name.
@@ -61,7 +64,13 @@ _HELP = {
     "flush_seconds": "Seconds from a flush to its answer, mean of the latest.",
     "flush_queue_seconds": "Seconds that a flush waits for its deep pass, mean of the latest.",
     "deep_pass_seconds": "Seconds of a deep pass, mean of the latest.",
-    "exit_threshold": "Confidence above which a token exits.",
+    "exit_threshold": "Confidence above which a token exits, where it follows what is seen.",
+    "policy_samples": "Drafts that exit policies have seen, by what the deep stage said of them.",
+    "mixture_alpha": "Parameter alpha of a component of the confidences' beta mixture.",
+    "mixture_beta": "Parameter beta of a component of the confidences' beta mixture.",
+    "mixture_weight": "Share of drafts in a component of the confidences' beta mixture.",
+    "probes": "Exits that went to the deep stage all the same, for policies to learn from.",
+    "risk_alert": "1 where drafts disagree more than policy risk has promised, else 0.",
 }
 
 
@@ -213,22 +222,24 @@ class _Replicas(Collector):
         up = GaugeMetricFamily("fathom_replicas", "Replicas that answer.", labels=["model_name"])
         up.add_metric([self._model_name], len(self._reports))
         yield up
-        for name in sorted({name for report in self._reports for name in report.stats}):
+        samples: dict[str, list[tuple[dict[str, str], float]]] = defaultdict(list)
+        for report in self._reports:
+            for key, value in report.stats.items():
+                name, own = _labels_of(key)
+                labels = {"model_name": self._model_name, "replica": report.replica, **own}
+                samples[name].append((labels, value))
+        for name, found in sorted(samples.items()):
             kind = CounterMetricFamily if name in _COUNTERS else GaugeMetricFamily
             text = _HELP.get(name, name.replace("_", " ").capitalize() + ".")
             full_name = f"fathom_{_RENAMED.get(name, name)}"
-            family = kind(full_name, text, labels=["model_name", "replica"])
-            for report in self._reports:
-                _add(family, self._model_name, report.replica, name, report.stats)
+            family = kind(full_name, text, labels=list(found[0][0]))
+            for labels, value in found:
+                family.add_metric(list(labels.values()), value)
             yield family
 
 
-def _add(
-    family: CounterMetricFamily | GaugeMetricFamily,
-    model_name: str,
-    replica: str,
-    name: str,
-    stats: Mapping[str, float],
-) -> None:
-    if name in stats:
-        family.add_metric([model_name, replica], stats[name])
+def _labels_of(key: str) -> tuple[str, dict[str, str]]:
+    """Name and labels of a figure: ``name`` or ``name{label=value,...}``."""
+    name, _, rest = key.partition("{")
+    pairs = rest.rstrip("}").split(",") if rest else []
+    return name, dict(pair.split("=", 1) for pair in pairs)

@@ -91,3 +91,16 @@ def test_figures_of_several_ingresses_stand_side_by_side() -> None:
         assert found["fathom_time_to_first_token_seconds_count", labels] == 1
     alone = samples(both["a"].render([]))
     assert alone["fathom_prompt_tokens_total", (("model_name", "m"),)] == 5
+
+
+def test_a_figure_can_have_labels_of_its_own() -> None:
+    stats = {
+        "exit_threshold{policy=adaptive,confidence=softmax_gap}": 0.5,
+        "exit_threshold{policy=budget,confidence=max_prob@1.5}": 0.25,
+        "policy_samples{confidence=softmax_gap,verdict=agrees}": 7,
+    }
+    found = samples(ServerMetrics("m").render([ReplicaReport(replica="a", info=INFO, stats=stats)]))
+    own = (("model_name", "m"), ("policy", "budget"), ("replica", "a"))
+    assert found["fathom_exit_threshold", (("confidence", "max_prob@1.5"), *own)] == 0.25
+    samples_of = (("confidence", "softmax_gap"), ("model_name", "m"), ("replica", "a"))
+    assert found["fathom_policy_samples_total", (*samples_of, ("verdict", "agrees"))] == 7

@@ -1,0 +1,1 @@
+"""Encoders cut into stages, so that rows which are done can leave between two of them."""
