@@ -141,7 +141,7 @@ def fit_em(
     start: BetaMixture | None = None,
     *,
     least_rows: float = 20,
-    tolerance: float = 1e-6,
+    tolerance: float = 1e-5,
     most_iterations: int = 200,
 ) -> BetaMixture:
     """Expectation-maximization of w f_agrees + (1 - w) f_disagrees.
