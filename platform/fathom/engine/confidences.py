@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from fathom.exits.confidence import entropy_score, max_prob, saturation, softmax_gap
+from fathom.exits.meta import MetaClassifier
 from fathom.types import ComputePolicy, Confidence
 
 
@@ -33,35 +34,36 @@ class ExitRows:
         return ExitRows(self.logits[rows], self.states[rows], earlier)
 
 
-def confidences(computes: Sequence[ComputePolicy], rows: ExitRows) -> tuple[list[float], list[int]]:
+def confidences(
+    computes: Sequence[ComputePolicy], rows: ExitRows, meta: MetaClassifier | None = None
+) -> tuple[list[float], list[int]]:
     """Confidence of each row, by its own measure and temperature, and the best column.
 
     Rows of one measure and temperature are taken together, so that a batch of one kind, which is
     the rule, costs one pass over the logits.
 
     Args:
-        computes: of each row's request.
+        computes: of each row's request. meta: needed by confidence ``meta``.
 
     Returns:
-        confidences in [0, 1], NaN where the logits are not finite; and columns of the logits.
+        confidences in [0, 1], NaN where the row is not finite; and columns of the logits.
     """
     groups: dict[tuple[Confidence, float], list[int]] = defaultdict(list)
     for row, compute in enumerate(computes):
         groups[compute.confidence, compute.exit_temperature].append(row)
     if len(groups) == 1:
         ((measure, temperature),) = groups
-        return _measure(measure, temperature, rows)
+        return _measure(measure, temperature, rows, meta)
     scores, columns = [math.nan] * len(computes), [0] * len(computes)
     for (measure, temperature), own in groups.items():
-        for row, score, column in zip(
-            own, *_measure(measure, temperature, rows.part(own)), strict=True
-        ):
+        found = _measure(measure, temperature, rows.part(own), meta)
+        for row, score, column in zip(own, *found, strict=True):
             scores[row], columns[row] = score, column
     return scores, columns
 
 
 def _measure(
-    measure: Confidence, temperature: float, rows: ExitRows
+    measure: Confidence, temperature: float, rows: ExitRows, meta: MetaClassifier | None
 ) -> tuple[list[float], list[int]]:
     logits = rows.logits if temperature == 1 else rows.logits.float() / temperature
     if measure is Confidence.SOFTMAX_GAP:
@@ -77,6 +79,7 @@ def _measure(
             assert rows.earlier is not None
             scores = saturation(rows.states, rows.earlier)
         case Confidence.META:
-            raise AssertionError("refused at the door: no classifier is loaded")
+            assert meta is not None
+            scores = meta.confidence(rows.states)
     # A state can be finite where its logits are not; a NaN is the largest of a row.
     return torch.where(torch.isfinite(best), scores, torch.nan).tolist(), columns.tolist()

@@ -20,7 +20,7 @@ from fathom.engine.output import confirm, take_output
 from fathom.engine.requests import check_request, new_sequences
 from fathom.engine.resume import resume
 from fathom.engine.scheduler import Scheduler, ShallowWork
-from fathom.engine.sequence import Sequence
+from fathom.engine.sequence import Decision, Sequence
 from fathom.engine.shallow import ShallowStage
 from fathom.engine.text import DetokenizerFactory
 from fathom.engine.trace import TraceListener, record_of
@@ -361,8 +361,7 @@ class Engine:
                 epoch=seq.epoch,
             )
             if decision.best >= 0:
-                agrees = decision.best == best
-                self.policies.observe(compute, decision.confidence, agrees, probe=decision.probe)
+                self._learn(seq, decision, agrees=decision.best == best)
             if self._listener is not None and decision.notes is not None:
                 self._listener(record_of(seq, decision, choice, self._shallow.head.column_of))
             drafted = decision.token is not None
@@ -386,6 +385,14 @@ class Engine:
             self._retire(seq)
         else:
             self._report(seq)
+
+    def _learn(self, seq: Sequence, decision: Decision, *, agrees: bool) -> None:
+        """Tell the exit policies what the deep stage says of one row."""
+        compute = seq.request.compute
+        self.policies.observe(compute, decision.confidence, agrees)
+        seq.asked += 1
+        if not agrees and (decision.probe or decision.token is not None):
+            seq.wrong += 1 / compute.probes if compute.copies_states else 1
 
     def _cut(self, seq: Sequence, length: int) -> None:
         """Cut a sequence to its first ``length`` tokens, in both stages."""
@@ -445,6 +452,14 @@ class Engine:
         # What was cut short was never checked for non-finite values.
         checked = seq.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
         self._scheduler.remove(seq, scrub=not checked)
+        if checked:
+            self.policies.completed(
+                seq.request.compute,
+                exited=seq.compute.exited,
+                decided=seq.compute.decided,
+                asked=seq.asked,
+                wrong=seq.wrong,
+            )
         family = self._live[seq.request.request_id]
         family.remove(seq)
         if not family:

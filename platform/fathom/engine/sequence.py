@@ -66,6 +66,9 @@ class Sequence:
         waiting: it needs the deep stage before it can go on.
         in_flight: its stack is away in a flush.
         copied: positions, ascending, whose deep keys and values are projected from the exit state.
+        asked: rows at which the exit head spoke, of those that stand. wrong: those of them that
+            left, or would have but for a probe, against the deep stage's choice; in mode ``copy``,
+            where probes alone tell, each counts 1 / probe rate.
         epoch: output tokens that the deep stage has chosen (see ``random.uniform``).
         finish_reason: set once no more tokens come; a final flush may still be due.
         published_blocks: leading blocks that the prefix cache knows in both stages.
@@ -97,6 +100,8 @@ class Sequence:
     decided: int = 0
     waiting: bool = False
     in_flight: bool = False
+    asked: int = 0
+    wrong: float = 0.0
     epoch: int = 0
     confirmed: int = 0
     published_blocks: int = 0

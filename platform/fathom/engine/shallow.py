@@ -18,6 +18,7 @@ from fathom.engine.sequence import Decision, Sequence
 from fathom.engine.stage import Pass, Stage
 from fathom.engine.trace import take_notes
 from fathom.exits.live import LivePolicies
+from fathom.exits.meta import MetaClassifier
 from fathom.exits.policy import exits
 from fathom.ledger import Ledger
 from fathom.models.heads import ExitHead
@@ -28,7 +29,7 @@ class ShallowStage:
     """Runs rows up to the exit layer, and decides for each sequence whether its token leaves.
 
     Attributes:
-        head: the exit head.
+        head: the exit head. meta: the classifier of the confidence of that name, or None.
         traced: whether decisions note all that the head says. keeps_hidden: exit states too.
     """
 
@@ -39,10 +40,13 @@ class ShallowStage:
         head: ExitHead,
         ledger: Ledger,
         policies: LivePolicies,
+        meta: MetaClassifier | None = None,
     ) -> None:
         self._stage = stage
         self._cache = cache
         self.head = head
+        self.meta = meta
+        self._meta_params = sum(p.numel() for p in meta.parameters()) if meta is not None else 0
         self._ledger = ledger
         self._policies = policies
         self._width = stage.decoder.config.hidden_size
@@ -169,12 +173,14 @@ class ShallowStage:
         states, *earlier = torch.split(hidden[index], self._width, dim=1)
         rows = ExitRows(self.head.logits(states), states, earlier[0] if earlier else None)
         computes = [seq.request.compute for seq, _ in drafting]
-        scores, columns = confidences(computes, rows)
+        scores, columns = confidences(computes, rows, self.meta)
         notes = take_notes(rows, hidden=self.keeps_hidden) if self.traced else [None] * len(index)
         for (seq, _), confidence, column, logits, note in zip(
             drafting, scores, columns, rows.logits, notes, strict=True
         ):
             self._ledger.enter_exit_head(seq.compute, 1)
+            if self.meta is not None and seq.request.compute.confidence is Confidence.META:
+                self._ledger.enter_meta(seq.compute, self._meta_params)
             self._draft(seq, confidence, column, logits)
             decision = seq.pending[-1]
             decision.best = self.head.token_of(column)
@@ -241,5 +247,6 @@ class ShallowStage:
         if compute.copies_states:
             seq.copied.append(position)
             self._policies.observe(compute, confidence, None)  # no flush will look at it
+            seq.asked += 1
         self._ledger.enter_draft(seq.compute)
         return None

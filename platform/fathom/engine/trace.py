@@ -6,16 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from fathom.engine.confidences import ExitRows
 from fathom.engine.sequence import Decision
 from fathom.engine.sequence import Sequence as Completion
+from fathom.exits.calibration import TEMPERATURES as TEMPERATURES
 from fathom.exits.confidence import max_prob, saturation, softmax_gap
-
-TEMPERATURES = tuple(np.geomspace(0.25, 4, 16).tolist())
-"""At which a trace holds the logarithm of the exit head's partition function."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,95 @@
+"""What an engine has seen of one confidence measure, and the thresholds in that."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+from fathom.exits.beta_mixture import START, BetaMixture, fit_em, fit_moments
+from fathom.exits.budget import QuantileTracker
+from fathom.exits.histogram import ConfidenceHistogram, Kind
+
+HALF_LIFE = 150.0
+"""Rows after which what was seen counts half: of an old workload a tenth is left after 500."""
+
+REFIT = 64
+"""Rows between two fits of the mixture, so that a token's share of one is small."""
+
+_HISTORY = 512
+
+
+class Observed:
+    """Rows of one measure, by what the deep stage said of them.
+
+    Counts of this engine and those of others are kept apart, for the others' are replaced whole.
+
+    Args:
+        exit_cost: see ``QuantileTracker``. estimator: "em" or "moments" (``beta_mixture``).
+        half_life: in rows; see ``ConfidenceHistogram``.
+
+    Attributes:
+        own: counts of this engine's rows, which are what it tells others.
+        counted: [3] rows ever, by ``Kind``; none is forgotten here.
+        mixture: the latest fit, or None. adaptive: λ that follows from it, 0.9 at first.
+        history: rows seen, and λ then; of the latest 512 fits.
+    """
+
+    def __init__(self, exit_cost: float, *, estimator: str, half_life: float = HALF_LIFE) -> None:
+        self.own = ConfidenceHistogram(half_life=half_life)
+        self.counted = [0] * len(Kind)
+        self.mixture: BetaMixture | None = None
+        self.adaptive = START
+        self.history: deque[tuple[int, float]] = deque(maxlen=_HISTORY)
+        self._all = ConfidenceHistogram(half_life=half_life)
+        self._tracker = QuantileTracker(self._all, exit_cost)
+        self._moments = estimator == "moments"
+        self._fitted_at = 0
+
+    def add(self, confidence: float, agrees: bool | None) -> None:
+        """Note one row; see ``ConfidenceHistogram.add_one``."""
+        self.own.add_one(confidence, agrees)
+        self._all.add_one(confidence, agrees)
+        self.counted[Kind.UNLABELLED if agrees is None else int(agrees)] += 1
+
+    def replace_others(self, others: Iterable[ConfidenceHistogram]) -> None:
+        """Take what other engines have seen in place of what they had before."""
+        self._all = sum(others, start=self.own + ConfidenceHistogram(self.own.bins))
+        self._tracker.histogram = self._all
+
+    def threshold(self, start: float | None) -> float:
+        """λ of policy ``adaptive``, fitted anew where enough was seen since the last time.
+
+        Args:
+            start: what to take before there is a fit; None takes 0.9.
+        """
+        if not 0 <= self._all.seen - self._fitted_at < REFIT:
+            self._fitted_at = self._all.seen
+            everything = self._all
+            self.mixture = (
+                fit_moments(everything) if self._moments else fit_em(everything, self.mixture)
+            )
+            self.adaptive = self.mixture.threshold()
+            self.history.append((self._all.seen, self.adaptive))
+        if start is not None and (self.mixture is None or self.mixture.fallback):
+            return start
+        return self.adaptive
+
+    def quantile(self, budget: float, exited: int, decided: int) -> float | None:
+        """λ of policy ``budget``; see ``QuantileTracker.threshold``."""
+        return self._tracker.threshold(budget, exited, decided)
+
+    def settle(self, budget: float, exited: int, decided: int) -> None:
+        """Note what a request of policy ``budget`` has spent; see ``QuantileTracker.settle``."""
+        self._tracker.settle(budget, exited, decided)
+
+    def snapshot(self) -> dict[str, Any]:
+        """The state as JSON can hold it; ``histogram`` is what others add to theirs."""
+        return {
+            "histogram": self.own.to_dict(),
+            "rows": {kind.name.lower(): self.counted[kind] for kind in Kind},
+            "mixture": None if self.mixture is None else dataclasses.asdict(self.mixture),
+            "adaptive_threshold": self.adaptive,
+            "history": [list(entry) for entry in self.history],
+        }
