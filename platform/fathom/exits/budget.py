@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 BETAS: tuple[float, ...] = tuple(np.geomspace(0.003, 1, 11).tolist())
 """Tried by ``fit_exits``."""
 _BUDGETS = 256
-_MOST_CARRIED = 0.25
+_MOST_CARRIED = 0.75
 
 
 @dataclass(frozen=True, slots=True)

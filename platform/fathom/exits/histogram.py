@@ -201,13 +201,16 @@ class ConfidenceHistogram:
         try:
             made = ConfidenceHistogram(int(body["bins"]), body["half_life"])
             made.seen = int(body["seen"])
-            counts = np.array(body["counts"], dtype=np.float64)
+            rows = body["counts"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"no histogram of confidences: {error!r}.") from error
-        if counts.shape != made._counts.shape or not (counts >= 0).all():
+        try:
+            counts = np.array(rows, dtype=np.float64)
+        except (TypeError, ValueError):
+            counts = np.empty(0)
+        if counts.shape != made._counts.shape or not (np.isfinite(counts) & (counts >= 0)).all():
             raise ValueError(
-                f"counts must be {len(Kind)} rows of {made.bins} numbers of at least 0, got shape "
-                f"{counts.shape}."
+                f"counts must be {len(Kind)} rows of {made.bins} numbers of at least 0 each."
             )
         made._counts = counts
         return made
