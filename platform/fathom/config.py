@@ -63,6 +63,7 @@ class EngineConfig:
             model's layers where there is none.
         exit_vocab: size of the frequency-ranked subset of the vocabulary that the exit head
             scores; 0 takes the adapter's choice, -1 forces the whole vocabulary.
+        meta: file of a trained classifier for the confidence ``meta``; empty for none.
         block_size: tokens a KV block.
         kv_cache_bytes: bytes of both stages' KV pools together.
         max_num_seqs: most sequences that run at once.
@@ -82,6 +83,7 @@ class EngineConfig:
     adapter: str = "auto"
     exit_layer: int = 0
     exit_vocab: int = 0
+    meta: str = ""
     block_size: int = 16
     kv_cache_bytes: int = 1 << 30
     max_num_seqs: int = 32

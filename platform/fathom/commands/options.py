@@ -71,6 +71,9 @@ def add_engine_options(parser: argparse.ArgumentParser, *, threads: bool = True)
         metavar="N",
         help="frequency-ranked tokens that the exit head scores; 0: the adapter's, -1: all",
     )
+    group.add_argument(
+        "--meta", metavar="FILE", help="trained classifier for --confidence meta (default: none)"
+    )
     group.add_argument("--max-num-seqs", type=int, metavar="N", help="most sequences at once")
     group.add_argument("--max-model-len", type=int, metavar="N", help="longest prompt + answer")
     group.add_argument("--kv-cache-bytes", type=int, metavar="N", help="of both stages' KV pools")

@@ -7,7 +7,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -94,6 +94,19 @@ class AsyncEngine:
             whether there was such a request.
         """
         return bool(await self._run_on_thread(lambda: self._engine.cancel(request_id)))
+
+    async def policies(self) -> dict[str, Any]:
+        """What the exit policies have seen; see ``LivePolicies.snapshot``."""
+        found: dict[str, Any] = await self._run_on_thread(self._engine.policies.snapshot)
+        return found
+
+    async def merge_policies(self, others: Sequence[Mapping[str, Any]]) -> None:
+        """Take what other replicas have seen; see ``LivePolicies.merge``.
+
+        Raises:
+            ValueError: for what is no snapshot.
+        """
+        await self._run_on_thread(lambda: self._engine.policies.merge(others))
 
     def stats(self) -> dict[str, float]:
         """The engine's figures after its last step."""

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -22,10 +23,12 @@ from fathom.engine.shallow import ShallowStage
 from fathom.engine.shared import SharedBlocks
 from fathom.engine.stage import Stage
 from fathom.exits.live import LivePolicies
+from fathom.exits.meta import MetaClassifier
 from fathom.kvstore.store import KVStore
 from fathom.ledger import Ledger
 from fathom.models.adapters import Adapter, find_adapter
 from fathom.models.decoder import Decoder
+from fathom.models.errors import ModelError
 from fathom.models.heads import ExitHead, build_exit_head
 from fathom.models.load import load_decoder, load_exit_layers, resolve_model, weights_digest
 from fathom.models.tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer
@@ -120,7 +123,8 @@ def engine_over(
     """An engine over its shallow stage and a deep one, wherever that is."""
     config = plan.config
     ledger = Ledger(plan.costs(head.num_params))
-    policies = LivePolicies(ledger.costs.exit_cost)
+    meta = meta_of(plan)
+    policies = LivePolicies(ledger.costs.exit_cost, has_meta=meta is not None)
     cache = PagedKVCache(plan.num_blocks, config.block_size, shallow.pool)
     scheduler = Scheduler(
         shallow=cache,
@@ -144,7 +148,7 @@ def engine_over(
     exit_vocab = plan.model.vocab_size if head.token_ids is None else len(head.token_ids)
     return Engine(
         info=plan.info(exit_vocab),
-        shallow=ShallowStage(shallow, cache, head, ledger, policies),
+        shallow=ShallowStage(shallow, cache, head, ledger, policies, meta),
         policies=policies,
         deep=deep,
         scheduler=scheduler,
@@ -174,6 +178,25 @@ def adapter_of(config: EngineConfig, digest: str) -> Adapter | None:
     if config.adapter == "auto" and adapter and config.exit_layer not in (0, adapter.exit_layer):
         return None
     return adapter
+
+
+def meta_of(plan: SplitPlan) -> MetaClassifier | None:
+    """The classifier that the settings name, if any.
+
+    Raises:
+        ModelError: for a file that cannot be read, or was made for another model or adapter.
+    """
+    config = plan.config
+    if not config.meta:
+        return None
+    meta = MetaClassifier.load(Path(config.meta), plan.weights_digest)
+    made_for = meta.metadata.get("adapter_digest", plan.adapter_digest)
+    if made_for != plan.adapter_digest:
+        raise ModelError(
+            f"{config.meta}: the meta classifier reads the exit of adapter {made_for or 'none'}, "
+            f"this one is {plan.adapter_digest or 'none'}: train one for this adapter."
+        )
+    return meta
 
 
 def return_freed_memory() -> None:

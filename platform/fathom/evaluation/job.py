@@ -28,6 +28,7 @@ _ENGINE = (
     "adapter",
     "exit_layer",
     "exit_vocab",
+    "meta",
     "max_num_seqs",
     "max_model_len",
     "kv_cache_bytes",
