@@ -95,7 +95,7 @@ def _start() -> tuple[TestServer, Callable[[], None]]:
 
     os.environ["FATHOM_API_KEY"] = ",".join(KEYS)
     # float32: so that modes can be compared token by token.
-    engine = EngineConfig(dtype="float32", kv_cache_bytes=512 << 20)
+    engine = EngineConfig(dtype="float32", kv_cache_bytes=512 << 20, pause_drafting=False)
     if find_local(engine.model) is None:
         pull(engine.model)
     config = ServeConfig(engine=engine, port=free_port(), drain_s=5)

@@ -54,6 +54,7 @@ def again(
                 "dtype": "float32",
                 "kv_cache_bytes": 64 << 20,
                 "adapter": "none",
+                "pause_drafting": False,  # depths must not depend on speed
             },
             "model_name": "tiny",
             "num_replicas": 2,
