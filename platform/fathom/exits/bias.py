@@ -19,6 +19,8 @@ from fathom.exits.histogram import ConfidenceHistogram
 
 Floats = NDArray[np.float64]
 
+_PROBE_STREAM = 0x70726F62
+
 
 class View(StrEnum):
     """Which rows get a label."""
@@ -91,7 +93,8 @@ def replay(
         )
     if not 0 < probe_rate <= 1:
         raise ValueError(f"probe_rate must be in (0, 1], got {probe_rate}.")
-    probes = np.random.default_rng(seed).random(len(c)) < probe_rate
+    # Apart from the stream of a trace that was simulated from the same seed.
+    probes = np.random.default_rng((seed, _PROBE_STREAM)).random(len(c)) < probe_rate
     if view not in (View.WEIGHTED, View.LATENT):
         probes[:] = False
     ends = np.ones(len(c), dtype=bool)

@@ -147,7 +147,8 @@ def reliability(
         raise ValueError("no row has a confidence to judge.")
     ends = np.linspace(0, 1, bins + 1)
     if equal_mass:
-        inner = np.quantile(c, ends[1:-1], method="inverted_cdf")
+        last = np.arange(1, bins) * len(c) // bins - 1  # of each bin but the highest
+        inner = np.sort(c)[last[last >= 0]]
         ends = np.unique(np.concatenate([[0.0], inner, [1.0]]))
     # Bins are (low, high], the first one with its low end.
     places = np.clip(np.searchsorted(ends, c, side="left") - 1, 0, len(ends) - 2)
