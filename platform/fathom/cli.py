@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from fathom import __version__
-from fathom.commands import bench, chaos, doctor, evaluate, generate, pull, serve, train
+from fathom.commands import bench, calibrate, chaos, doctor, evaluate, generate, pull, serve, train
 from fathom.commands.options import HelpFormatter, UsageError
 from fathom.config import ConfigError
 from fathom.types import InvalidRequest
@@ -30,6 +30,7 @@ examples:
   fathom bench cluster --json cluster.json       fused beside disaggregated
   fathom chaos --requests 200 --seed 1           kill its processes under load, lose nothing
   fathom train exits --help                      train exits that are worth taking
+  fathom calibrate fit t.parquet --out p.yaml    operating points from a trace
   fathom eval --tasks gsm8k --modes full,free    quality and speed beside the full model
   fathom doctor                                  what is here, what is missing
 
@@ -47,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fathom {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (serve, generate, pull, bench, chaos, train, evaluate, doctor):
+    for module in (serve, generate, pull, bench, chaos, train, calibrate, evaluate, doctor):
         module.add_parser(commands)
     return parser
 

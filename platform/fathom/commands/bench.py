@@ -5,27 +5,32 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fathom.commands import bench_cluster, bench_engine
+from fathom.commands import bench_cluster, bench_engine, bench_policies
 from fathom.commands.options import UsageError, add_command
 
 _EXAMPLES = """\
   fathom bench engine --modes full,exact,free --batch 1,8     tokens/s, latency and depth
   fathom bench cluster --modes full,exact --json cluster.json  fused beside disaggregated
+  fathom bench policies --trace drafts.parquet                what exit policies promise and hold
 """
 
 
 def add_parser(commands: Any) -> None:
     """Declare the targets and their options."""
     bench = add_command(
-        commands, "bench", _needs_target, about="measure an engine or a cluster", examples=_EXAMPLES
+        commands,
+        "bench",
+        _needs_target,
+        about="measure an engine, a cluster or exit policies",
+        examples=_EXAMPLES,
     )
     targets = bench.add_subparsers(metavar="TARGET")
-    for module in (bench_engine, bench_cluster):
+    for module in (bench_engine, bench_cluster, bench_policies):
         module.add_parser(targets)
 
 
 def _needs_target(args: argparse.Namespace) -> int:
     raise UsageError(
-        "say what to benchmark: fathom bench engine, or fathom bench cluster (--help shows the "
+        "say what to benchmark: fathom bench engine, cluster or policies (--help shows the "
         "options)."
     )

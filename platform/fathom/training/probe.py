@@ -25,6 +25,7 @@ from fathom.models.linear import Linear
 from fathom.training.examples import IGNORED, Batch
 from fathom.training.model import ShallowDeep, Shape
 from fathom.training.validate import Drafts
+from fathom.tuning.replay import Prediction, replay
 from fathom.types import AcceptMode
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
@@ -169,15 +170,6 @@ def draft(head: CandidateHead, base: Any, rows: Rows, layer: int) -> Drafted:
     return Drafted(Drafts(torch.cat(gaps), torch.cat(agrees), rows.sequence), torch.cat(nats))
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """Predicted decoding at one threshold: speed-up over ``full``, share of wrong tokens."""
-
-    threshold: float
-    speedup: float
-    wrong: float
-
-
 def predict(
     drafted: Drafted,
     costs: StageCosts,
@@ -187,40 +179,12 @@ def predict(
     cap: int,
     nats: float,
 ) -> Prediction:
-    """Replay the rows as one sequence at a time would be decoded, and add up measured costs.
-
-    Confidences and agreement come from the full model's own contexts. That is right in mode
-    ``exact`` up to the first rejected draft; what was drafted behind it is thrown away, and its
-    amount is estimated by the true continuation. In ``free`` contexts would drift after a wrong
-    token: only first-order errors are counted.
-
-    Args:
-        cap: most drafts a flush. nats: tolerance of ``rollback``.
-    """
+    """See ``fathom.tuning.replay.replay``. nats: tolerance of ``rollback``."""
     drafts = drafted.drafts
-    gap, agree = drafts.confidence.tolist(), drafts.agree.tolist()
-    fine = agree
-    if mode is AcceptMode.ROLLBACK:
-        fine = (drafted.nats <= nats).tolist()
+    agree = drafts.agree.tolist()
+    fine = (drafted.nats <= nats).tolist() if mode is AcceptMode.ROLLBACK else agree
     ends = torch.unique_consecutive(drafts.sequence, return_counts=True)[1].cumsum(0).tolist()
-    full = costs.shallow_full(1) + costs.deep(1)
-    seconds, tokens, wrong, at = 0.0, 0, 0, 0
-    for end in ends:
-        while at < end:
-            stop = at
-            while stop < end and stop - at < cap and gap[stop] > threshold:
-                stop += 1
-            # The row that was not confident joins the flush and gets the deep answer.
-            rows = stop - at + (stop < end and stop - at < cap)
-            seconds += rows * costs.shallow(1) + costs.deep(rows)
-            kept = rows
-            if mode is not AcceptMode.FREE:
-                kept = next((i - at + 1 for i in range(at, stop) if not fine[i]), rows)
-            wrong += sum(not agree[i] for i in range(at, min(stop, at + kept)) if fine[i] or
-                         mode is AcceptMode.FREE)  # fmt: skip
-            tokens += kept
-            at += kept
-    return Prediction(threshold, full * tokens / seconds, wrong / max(tokens, 1))
+    return replay(drafts.confidence.tolist(), agree, fine, ends, costs, mode, threshold, cap=cap)
 
 
 def best_predictions(

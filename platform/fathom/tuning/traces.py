@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fathom import __version__
-from fathom.engine.trace import TEMPERATURES, DraftRecord
+from fathom.engine.trace import DraftRecord
+from fathom.exits.calibration import TEMPERATURES
 
 if TYPE_CHECKING:
     from fathom.engine.engine import Engine

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from fathom.engine.trace import TEMPERATURES, DraftRecord
+from fathom.engine.trace import DraftRecord
+from fathom.exits.calibration import TEMPERATURES
 from fathom.models.adapters import Adapter
 from fathom.tuning.traces import SCHEMA, TraceWriter, describe, read_trace
 from fathom.types import AcceptMode, ComputePolicy

@@ -1,0 +1,114 @@
+"""What an exit policy costs beside the decode step that it decides in."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from fathom.compute import ComputePolicy, Confidence, PolicyName
+from fathom.engine.confidences import ExitRows, confidences
+from fathom.engine.costs import StageCosts
+from fathom.engine.random import Draw, uniform
+from fathom.exits.live import LivePolicies
+from fathom.exits.policy import exits
+from fathom.tuning.rows import Bools, Floats, Source
+
+_ROWS = 4096
+_REPEATS = 5
+
+POLICIES = {
+    PolicyName.THRESHOLD: ComputePolicy(),
+    PolicyName.ADAPTIVE: ComputePolicy(policy=PolicyName.ADAPTIVE),
+    PolicyName.BUDGET: ComputePolicy(policy=PolicyName.BUDGET, budget=0.6),
+    PolicyName.RISK: ComputePolicy(policy=PolicyName.RISK, risk=0.05, exit_threshold=0.6),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Overhead:
+    """Microseconds a token, on this machine now, beside measured decode steps.
+
+    Attributes:
+        policy_us: threshold, decision, probe draw and what is noted of the row, by policy.
+        confidence_us: of one row of exit logits, by measure; ``saturation`` of two states too.
+        draft_step_ms: one row through the shallow stage and its head: the cheapest decode step.
+        full_step_ms: one row through the whole model.
+    """
+
+    policy_us: dict[str, float]
+    confidence_us: dict[str, float]
+    draft_step_ms: float
+    full_step_ms: float
+
+    @property
+    def percent(self) -> dict[str, float]:
+        """Of a draft step, by policy, the default measure's cost included."""
+        gap = self.confidence_us[Confidence.SOFTMAX_GAP]
+        return {
+            name: 100 * (us + gap) / 1e3 / self.draft_step_ms for name, us in self.policy_us.items()
+        }
+
+
+def measure_overhead(
+    source: Source, costs: StageCosts, confidence: Floats, agrees: Bools, *, hidden_size: int = 576
+) -> Overhead:
+    """Time the engine's own policy code over rows of a trace, one at a time.
+
+    Args:
+        costs: measured seconds of the stages. confidence, agrees: [n] of rows to decide.
+    """
+    rows = [(float(c), bool(y)) for c, y in zip(confidence[:_ROWS], agrees[:_ROWS], strict=True)]
+    policy_us = {
+        name.value: _us(partial(_decide, source, compute, rows)) / len(rows)
+        for name, compute in POLICIES.items()
+    }
+    dtype = getattr(torch, source.dtype)
+    random = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(1, source.exit_vocab, generator=random)
+    states = torch.randn(2, 1, hidden_size, generator=random)
+    row = ExitRows(logits.to(dtype), states[0].to(dtype), states[1].to(dtype))
+    confidence_us = {}
+    for measure in Confidence:
+        if measure is Confidence.META:
+            continue  # a classifier of its own; the ledger has its multiply-adds
+        compute = [ComputePolicy(confidence=measure)]
+
+        def ask(compute: list[ComputePolicy] = compute) -> None:
+            for _ in range(200):
+                confidences(compute, row)
+
+        confidence_us[measure.value] = _us(ask) / 200
+    return Overhead(
+        policy_us=policy_us,
+        confidence_us=confidence_us,
+        draft_step_ms=costs.shallow(1) * 1e3,
+        full_step_ms=(costs.shallow_full(1) + costs.deep(1)) * 1e3,
+    )
+
+
+def _decide(source: Source, compute: ComputePolicy, rows: list[tuple[float, bool]]) -> None:
+    policies = LivePolicies(source.exit_cost)
+    gone = 0
+    for place, (confidence, agrees) in enumerate(rows):
+        threshold = policies.threshold_for(compute, gone, place)
+        leaves = exits(compute, confidence, threshold=threshold)
+        if leaves and (rate := compute.probes):
+            leaves = uniform(7, place, 0, Draw.PROBE) >= rate
+        gone += leaves
+        policies.observe(compute, confidence, agrees)
+
+
+def _us(run: Callable[[], None]) -> float:
+    """Microseconds of CPU time, the median of a few runs after one to warm up."""
+    run()
+    seconds = []
+    for _ in range(_REPEATS):
+        start = time.thread_time()
+        run()
+        seconds.append(time.thread_time() - start)
+    return statistics.median(seconds) * 1e6
