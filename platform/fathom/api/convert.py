@@ -16,10 +16,8 @@ from fathom.api.schemas import (
     GenerationRequest,
 )
 from fathom.types import (
-    AcceptMode,
     ComputePolicy,
     InvalidRequest,
-    PolicyName,
     Request,
     SamplingParams,
 )
@@ -131,10 +129,7 @@ def compute_policy(options: ComputeOptions | None, default: ComputePolicy) -> Co
         policy.validate()
     except InvalidRequest as error:
         raise InvalidRequest(f"compute.{error}", param=f"compute.{error.param}") from error
-    # The engine compares enumeration members by identity.
-    return dataclasses.replace(
-        policy, mode=AcceptMode(policy.mode), policy=PolicyName(policy.policy)
-    )
+    return policy
 
 
 def _request(

@@ -178,13 +178,6 @@ def compute_values(args: argparse.Namespace) -> dict[str, Any]:
     ):
         if name in values:
             values.setdefault("policy", policy)
-    for name, kind in (
-        ("mode", AcceptMode),
-        ("policy", PolicyName),
-        ("confidence", Confidence),
-    ):
-        if name in values:
-            values[name] = kind(values[name])
     return values
 
 
