@@ -46,6 +46,13 @@ class Confidence(StrEnum):
     META = "meta"  # a trained classifier's probability that the deep stage agrees
 
 
+_KINDS: dict[str, type[StrEnum]] = {
+    "mode": AcceptMode,
+    "policy": PolicyName,
+    "confidence": Confidence,
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputePolicy:
     """How much depth a request's tokens get, and what that may cost in quality.
@@ -95,14 +102,20 @@ class ComputePolicy:
     operating_point: str = ""
     load_aware: bool = True
 
+    def __post_init__(self) -> None:
+        # Files and requests spell them as strings; the engine compares members by identity.
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            if value in list(kind):
+                object.__setattr__(self, name, kind(value))
+
     def validate(self) -> None:
         """Check every field.
 
         Raises:
             InvalidRequest: naming the first field out of range, its value and the remedy.
         """
-        kinds = (("mode", AcceptMode), ("policy", PolicyName), ("confidence", Confidence))
-        for name, kind in kinds:
+        for name, kind in _KINDS.items():
             value = getattr(self, name)
             if value not in list(kind):
                 choices = ", ".join(kind)
@@ -131,14 +144,14 @@ class ComputePolicy:
         """Check what the policies ``budget`` and ``risk`` promise."""
         if self.budget is not None:
             check_range("budget", self.budget, 1e-9, 1, "a share of full compute in (0, 1]")
-        elif self.policy == PolicyName.BUDGET:
+        elif self.policy is PolicyName.BUDGET:
             raise InvalidRequest(
                 "budget must be given with policy budget: a share of full compute in (0, 1].",
                 param="budget",
             )
         if self.risk is not None:
             check_range("risk", self.risk, 1e-9, 1 - 1e-9, "a share of tokens in (0, 1)")
-        elif self.policy == PolicyName.RISK:
+        elif self.policy is PolicyName.RISK:
             raise InvalidRequest(
                 "risk must be given with policy risk: a share of tokens in (0, 1).", param="risk"
             )
