@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fathom.exits.budget import exit_share
 from fathom.exits.histogram import ConfidenceHistogram, Kind
 from fathom.exits.observed import HALF_LIFE, Observed
 from fathom.exits.promises import Promises
@@ -30,6 +31,9 @@ _MOST_MEASURES = 16
 
 _FIGURES_EVERY = 64
 """Rows between two tellings of the figures, which are asked for at every step."""
+
+_FIRST_HORIZON = 8
+"""Tokens within which a request makes up for what it has spent, before quantiles are known."""
 
 _Key = tuple[Confidence, float, bool]
 
@@ -86,7 +90,7 @@ class LivePolicies:
         if compute.policy is PolicyName.BUDGET:
             assert compute.budget is not None
             share = most_exits(compute)
-            smallest = 1 - share * (1 - self._exit_cost)
+            smallest = self.least_budget(compute)
             if compute.budget < smallest:
                 # Rounded up, so that who takes the advice is not refused again.
                 advice = math.ceil(1e4 * smallest) / 1e4
@@ -96,6 +100,10 @@ class LivePolicies:
                     f"most {share:.1%} of them can.",
                     param="budget",
                 )
+
+    def least_budget(self, compute: ComputePolicy) -> float:
+        """The least share of full compute that tokens of a policy can cost."""
+        return 1 - most_exits(compute) * (1 - self._exit_cost)
 
     def threshold_for(self, compute: ComputePolicy, exited: int, decided: int) -> float | None:
         """λ for one token: exit iff confidence > λ.
@@ -116,6 +124,10 @@ class LivePolicies:
         if compute.policy is PolicyName.BUDGET:
             assert compute.budget is not None
             threshold = self._of(compute).quantile(compute.budget, exited, decided)
+            if threshold is None and compute.exit_threshold is None:
+                # Nothing is known yet: as if confidences were spread evenly.
+                share = exit_share(compute.budget, self._exit_cost)
+                threshold = 1 - share - (share * decided - exited) / _FIRST_HORIZON
             if threshold is not None:
                 self._last_budget[_key(compute)] = threshold
             return threshold
