@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from experiments.eero.run import Result
+    from experiments.eero.speed import Speed
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 NAMES = {
@@ -20,12 +21,15 @@ NAMES = {
 }
 
 
-def write_tables(file: Path, results: Sequence[Result]) -> None:
+def write_tables(
+    file: Path, results: Sequence[Result], speeds: Mapping[str, Sequence[Speed]]
+) -> None:
     """Put the tables between the marks in the README."""
     text = file.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     tables = "\n".join(_table(group) for group in by_task(results))
+    tables += _speed_table(speeds)
     file.write_text(f"{before}{BEGIN}\n{tables}{END}{after}", encoding="utf-8")
 
 
@@ -38,6 +42,7 @@ def by_task(results: Sequence[Result]) -> list[list[Result]]:
 def _table(group: Sequence[Result]) -> str:
     first = group[0]
     accuracy = np.array([result.accuracy for result in group])
+    overthought = np.array([result.overthought for result in group])
     lines = [
         f"### {first.title}",
         "",
@@ -47,25 +52,30 @@ def _table(group: Sequence[Result]) -> str:
         "|---|" + "---:|" * len(first.costs),
         "| cost B_m | " + " | ".join(f"{cost:.3f}" for cost in first.costs) + " |",
         "| accuracy % | " + " | ".join(f"{a:.2f}" for a in 100 * accuracy.mean(0)) + " |",
+        "| right where the last is wrong % | "
+        + " | ".join(f"{a:.2f}" for a in 100 * overthought.mean(0))
+        + " |",
         "",
-        "| budget | spending: realised | off by, at most | % | EERO: planned | realised | FLOPs "
-        "| % | "
+        "| budget | spending: realised | off by, at most | % "
+        "| EERO: planned | realised | off by, at most | FLOPs | % | "
         + " | ".join(f"{name} % (at)" for name in NAMES.values())
         + " | EERO − one threshold | EERO − deepest |",
-        "|" + "---:|" * (8 + len(NAMES) + 2),
+        "|" + "---:|" * (9 + len(NAMES) + 2),
     ]
     for place, point in enumerate(first.points):
         points = [result.points[place] for result in group]
         realised = np.array([p.eero.realised for p in points])
         eero = 100 * np.array([p.eero.accuracy for p in points])
+        planned = np.array([p.planned for p in points])
         spent = np.array([p.spending.realised for p in points])
         cells = [
             f"{point.budget:.2f}",
             f"{spent.mean():.3f}",
             f"{np.abs(spent / point.budget - 1).max():.1%}",
             f"{100 * np.mean([p.spending.accuracy for p in points]):.2f}",
-            f"{np.mean([p.planned for p in points]):.3f}",
+            f"{planned.mean():.3f}",
             f"{realised.mean():.3f}",
+            f"{np.abs(realised / planned - 1).max():.1%}",
             f"{np.mean([p.flops for p in points]):.3f}",
             f"**{eero.mean():.2f}** ± {eero.std(ddof=1) if len(group) > 1 else 0:.2f}",
         ]
@@ -80,6 +90,24 @@ def _table(group: Sequence[Result]) -> str:
         cells.append(f"{(eero - tuned).mean():+.2f}")
         cells.append(f"{(eero - 100 * accuracy[:, -1]).mean():+.2f}")
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", ""])
+
+
+def _speed_table(speeds: Mapping[str, Sequence[Speed]]) -> str:
+    lines = [
+        "### Time",
+        "",
+        "Requests of 128 held-out rows, reading them included; budgets took turns.",
+        "",
+        "| classifier | budget | FLOPs | ms a row | times as fast |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {title} | {'none' if s.budget is None else s.budget} | {s.flops:.3f} "
+        f"| {1e3 * s.seconds:.2f} | {s.speedup:.2f} |"
+        for title, found in speeds.items()
+        for s in found
+    ]
     return "\n".join([*lines, "", ""])
 
 

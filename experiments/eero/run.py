@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from experiments.eero import baselines
 from experiments.eero.baselines import Floats, Outcome
 from experiments.eero.report import write_figure, write_tables
+from experiments.eero.speed import Speed, measure
 from experiments.eero.tasks import RESNET_HELP, Task, tasks, trained
 from fathom.exits.budget import FittedExits, apply, exponential_weights, fit_exits
 from fathom.models.classifier_files import Answers, ClassifierFiles
@@ -60,8 +61,9 @@ class Result:
     """One classifier and seed.
 
     Attributes:
-        costs: B_m, as shares. accuracy: of each head on the test rows. rows: of calibration and
-            of test.
+        costs: B_m, as shares. accuracy: of each head on the test rows. overthought: share of the
+            test rows that a head has right and the last one wrong. rows: of calibration and of
+            test.
     """
 
     task: str
@@ -69,6 +71,7 @@ class Result:
     seed: int
     costs: list[float]
     accuracy: list[float]
+    overthought: list[float]
     rows: tuple[int, int]
     points: list[Point]
 
@@ -114,6 +117,7 @@ def evaluate(name: str, task: Task, files: ClassifierFiles, seed: int) -> Result
         seed,
         costs.tolist(),
         test.correct.mean(axis=0).tolist(),
+        (test.correct & ~test.correct[:, -1:]).mean(axis=0).tolist(),
         (half, len(order) - half),
         points,
     )
@@ -153,14 +157,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in chosen
         for seed in SEEDS
     ]
-    write_json(args.work_dir / "results.json", results)
-    write_tables(args.out / "README.md", results)
+    speeds = {
+        known[name].title: measure(known[name], trained(known[name], SEEDS[0], args.work_dir))
+        for name in chosen
+    }
+    write_json(args.work_dir / "results.json", results, speeds)
+    write_tables(args.out / "README.md", results, speeds)
     write_figure(args.out / "accuracy.png", results)
 
 
-def write_json(file: Path, results: Sequence[Result]) -> None:
+def write_json(
+    file: Path, results: Sequence[Result], speeds: Mapping[str, Sequence[Speed]]
+) -> None:
     """Everything that was measured."""
-    body: dict[str, Any] = {"budgets": BUDGETS, "results": [asdict(result) for result in results]}
+    body: dict[str, Any] = {
+        "budgets": BUDGETS,
+        "results": [asdict(result) for result in results],
+        "speed": {title: [asdict(speed) for speed in found] for title, found in speeds.items()},
+    }
     file.write_text(json.dumps(body, indent=1) + "\n")
 
 

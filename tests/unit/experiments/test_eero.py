@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from experiments.eero import baselines, report
 from experiments.eero.run import Point, Result, fit_spending
+from experiments.eero.speed import Speed
 from fathom.models.classifier_files import Answers
 
 COSTS = np.array([0.2, 0.45, 0.7, 1.0])
@@ -70,18 +71,22 @@ def test_the_readme_gets_tables_and_a_figure(tmp_path: Path) -> None:
     others = {"static": None, "global": right, "msdnet": spent, "random": right}
     points = [Point(0.5, 0.5, spent, 0.48, 0.1, [0.5, 0.5], right, others)]
     results = [
-        Result("task", "Task", seed, [0.3, 1.0], [0.8, 0.91], (10, 11), points) for seed in (0, 1)
+        Result("task", "Task", seed, [0.3, 1.0], [0.8, 0.91], [0.03, 0.0], (10, 11), points)
+        for seed in (0, 1)
     ]
     file = tmp_path / "README.md"
     file.write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
-    report.write_tables(file, results)
+    report.write_tables(
+        file, results, {"Task": [Speed(None, 0.012, 1.0, 1.0), Speed(0.5, 0.004, 3.0, 0.5)]}
+    )
     text = file.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
     (row,) = [line for line in text.splitlines() if line.startswith("| 0.50 |")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells == [
-        "0.50", "0.500", "0.0%", "88.00", "0.500", "0.490", "0.480", "**90.00** ± 0.00",
+        "0.50", "0.500", "0.0%", "88.00", "0.500", "0.490", "2.0%", "0.480", "**90.00** ± 0.00",
         "–", "88.00 (0.500)", "90.00 (0.490)", "88.00 (0.500)", "+2.00", "-1.00",
     ]  # fmt: skip
+    assert "| Task | none | 1.000 | 12.00 | 1.00 |\n| Task | 0.5 | 0.500 | 4.00 | 3.00 |" in text
     report.write_figure(tmp_path / "accuracy.png", results)
     assert 1000 < (tmp_path / "accuracy.png").stat().st_size < 100_000
