@@ -12,13 +12,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fathom.exits.aggregation import check_budget, exponential_weights, quantile_thresholds
+from fathom.exits.aggregation import (
+    check_budget,
+    exponential_weights,
+    one_threshold_shares,
+    quantile_thresholds,
+)
 from fathom.exits.histogram import ConfidenceHistogram
 
 Floats = NDArray[np.float64]
 
-BETAS: tuple[float, ...] = tuple(np.geomspace(0.003, 1, 11).tolist())
+BETAS: tuple[float, ...] = tuple(np.geomspace(1e-4, 1, 13).tolist())
 """Tried by ``fit_exits``."""
+_RAREST = 1e-6
 _BUDGETS = 256
 _MOST_CARRIED = 0.75
 
@@ -32,7 +38,7 @@ class FittedExits:
             inf where nobody leaves; the last one is 0.
         shares: [M] p, wanted of all rows at each head. realised: [M] of the calibration rows.
         budget: asked for. cost: of the calibration rows, a share of the full cost.
-        risks: [M] R of the heads. beta: that was taken. accuracy: of the calibration rows.
+        risks: [M] R of the heads. beta, prior: that were taken. accuracy: of the calibration rows.
     """
 
     thresholds: tuple[float, ...]
@@ -42,6 +48,7 @@ class FittedExits:
     cost: float
     risks: tuple[float, ...]
     beta: float
+    prior: tuple[float, ...]
     accuracy: float
 
 
@@ -52,6 +59,8 @@ def fit_exits(
     budget: float,
     *,
     beta: float | None = None,
+    prior: ArrayLike | None = None,
+    spend: bool = False,
 ) -> FittedExits:
     """From a calibration set to thresholds.
 
@@ -61,7 +70,11 @@ def fit_exits(
         costs: [M] cumulative, ascending; budget: in their unit.
         beta: of the aggregation; None takes the one of ``BETAS`` whose thresholds do best on the
             calibration set. A large beta spreads rows over all heads and may leave budget unspent;
-            such a one is taken only if it does better by more than a standard error.
+            such a one is taken only if it does better by more than a standard error, as where
+            deeper heads overthink.
+        prior: [M] of the aggregation. None takes the uniform one, as eero.md does, for a given
+            ``beta``, and else the better of it and ``one_threshold_shares``.
+        spend: take none that leaves budget unspent, if there is another.
 
     Raises:
         InvalidRequest: for a budget below the first head's cost.
@@ -75,14 +88,21 @@ def fit_exits(
             f"got {c.shape}, {right.shape} and {b.shape}."
         )
     risks = 1 - right.mean(axis=0)
+    uniform = np.full(len(b), 1 / len(b))
+    priors = [uniform if prior is None else np.asarray(prior, dtype=np.float64)]
+    if prior is None and beta is None:
+        check_budget(budget, float(b[0]))
+        priors.append(np.maximum(one_threshold_shares(c, b, budget), _RAREST))
     candidates = [
-        _fitted(c, right, b, budget, risks, each) for each in (BETAS if beta is None else (beta,))
+        _fitted(c, right, b, budget, risks, each, pi)
+        for pi in priors
+        for each in (BETAS if beta is None else (beta,))
     ]
 
-    def rank(fitted: FittedExits) -> float:
-        spends = float(np.dot(fitted.shares, b)) >= budget * (1 - 1e-6)
+    def rank(fitted: FittedExits) -> tuple[bool, float]:
+        spends = float(np.dot(fitted.shares, b)) >= budget * (1 - 1e-3)
         error = math.sqrt(fitted.accuracy * (1 - fitted.accuracy) / len(c))
-        return fitted.accuracy - (0 if spends else error)
+        return spends or not spend, fitted.accuracy - (0 if spends else error)
 
     return max(candidates, key=rank)
 
@@ -94,8 +114,9 @@ def _fitted(
     budget: float,
     risks: Floats,
     beta: float,
+    prior: Floats,
 ) -> FittedExits:
-    shares = exponential_weights(risks, costs, budget, beta)
+    shares = exponential_weights(risks, costs, budget, beta, prior)
     thresholds, exits = quantile_thresholds(confidence, shares)
     rows = len(confidence)
     return FittedExits(
@@ -106,6 +127,7 @@ def _fitted(
         cost=float(costs[exits].mean()),
         risks=tuple(risks.tolist()),
         beta=beta,
+        prior=tuple(prior.tolist()),
         accuracy=float(correct[np.arange(rows), exits].mean()),
     )
 

@@ -9,7 +9,11 @@ from hypothesis import strategies as st
 from scipy import optimize
 
 from fathom.checks import InvalidRequest
-from fathom.exits.aggregation import exponential_weights, quantile_thresholds
+from fathom.exits.aggregation import (
+    exponential_weights,
+    one_threshold_shares,
+    quantile_thresholds,
+)
 from fathom.exits.budget import apply, exit_share, fit_exits
 
 COSTS = np.array([0.25, 0.5, 0.75, 1.0])
@@ -64,13 +68,14 @@ def test_shares_solve_the_problem(risks, steps, at, beta) -> None:
     risks=st.lists(st.floats(0, 1), min_size=3, max_size=3),
     budget=st.floats(0.2, 1),
     beta=st.floats(0.01, 3),
+    prior=st.lists(st.floats(1e-6, 1), min_size=3, max_size=3),
 )
-def test_shares_meet_the_conditions_of_karush_kuhn_and_tucker(risks, budget, beta) -> None:
+def test_shares_meet_the_conditions_of_karush_kuhn_and_tucker(risks, budget, beta, prior) -> None:
     r, costs = np.array(risks), np.array([0.2, 0.6, 1.0])
-    p = exponential_weights(r, costs, budget, beta)
+    p = exponential_weights(r, costs, budget, beta, prior)
     assume(p.min() > 1e-200)
-    # Stationarity: R + beta log p + mu B is the same at all heads, with one mu >= 0.
-    level = r + beta * np.log(p)
+    # Stationarity: R + beta log(p / pi) + mu B is the same at all heads, with one mu >= 0.
+    level = r + beta * np.log(p / np.array(prior))
     mu = -(level[1] - level[0]) / 0.4
     assert -(level[2] - level[1]) / 0.4 == pytest.approx(mu, rel=1e-4, abs=1e-6 * max(1, beta))
     assert mu >= -1e-6 * max(1, beta)
@@ -180,6 +185,67 @@ def test_fit_takes_the_beta_that_does_best_and_spends_the_budget() -> None:
     for beta in (0.003, 0.1, 1.0):
         other = fit_exits(*rows, COSTS, 0.8, beta=beta)
         assert fitted.accuracy >= other.accuracy - 1e-12 or other.cost < 0.79
+
+
+@given(
+    rows=st.lists(
+        st.lists(st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0, float("nan")]), min_size=3, max_size=3),
+        min_size=1,
+        max_size=20,
+    ),
+    budget=st.floats(0.2, 1),
+)
+def test_shares_of_one_threshold_are_those_of_the_best_one_tried(rows, budget) -> None:
+    confidence, costs = np.array(rows), np.array([0.2, 0.6, 1.0])
+    found = one_threshold_shares(confidence, costs, budget)
+    assert found.sum() == pytest.approx(1)
+    assert found.min() >= 0
+    tried = [apply(confidence, np.full(3, t)) for t in (0.0, 0.3, 0.5, 0.9, 1.0)]
+    cost = float(found @ costs)
+    assert any(np.allclose(np.bincount(e, minlength=3) / len(rows), found) for e in tried) or (
+        np.isnan(confidence).all()
+    )
+    # None that the budget allows costs more.
+    allowed = [costs[e].mean() for e in tried if costs[e].mean() <= budget]
+    seen = confidence[~np.isnan(confidence)]
+    if allowed and len(seen):
+        assert cost <= budget + 1e-9
+        reachable = [costs[apply(confidence, np.full(3, t))].mean() for t in np.unique(seen)]
+        assert cost == pytest.approx(max((c for c in reachable if c <= budget), default=cost))
+
+
+def test_the_prior_carries_what_errors_do_not_tell() -> None:
+    # Only confidence tells that half of the rows are easy for the first head already, and the
+    # others hard for all heads but the last: the heads between are of no use to anybody.
+    random = np.random.default_rng(0)
+    n = 6000
+    easy = random.random(n) < 0.5
+    accuracy = np.where(easy[:, None], 0.99, np.array([0.4, 0.42, 0.44, 0.9]))
+    confidence = np.clip(accuracy + random.normal(0, 0.05, (n, 4)), 0, 1)
+    correct = random.random((n, 4)) < accuracy
+    budget = 0.625
+    assert one_threshold_shares(confidence, COSTS, budget)[[0, 3]].min() > 0.4
+    with_prior = fit_exits(confidence, correct, COSTS, budget)
+    without = fit_exits(confidence, correct, COSTS, budget, beta=0.1)
+    assert with_prior.accuracy > without.accuracy + 0.01
+    assert with_prior.cost == pytest.approx(budget, abs=0.005)
+
+
+def test_a_budget_that_buys_nothing_is_left_or_spent_as_asked() -> None:
+    random = np.random.default_rng(1)
+    accuracy = np.array([0.8, 0.9, 0.85, 0.8])  # deeper heads overthink
+    correct = random.random((5000, 4)) < accuracy
+    confidence = random.random((5000, 4))
+    assert fit_exits(confidence, correct, COSTS, 0.9).cost < 0.7
+    spent = fit_exits(confidence, correct, COSTS, 0.7, spend=True)
+    left = fit_exits(confidence, correct, COSTS, 0.7)
+    assert left.accuracy >= spent.accuracy
+    assert np.dot(spent.shares, COSTS) >= np.dot(left.shares, COSTS) - 1e-9
+
+
+def test_a_prior_that_rules_a_head_out_is_refused() -> None:
+    with pytest.raises(ValueError, match="prior"):
+        exponential_weights([0.1, 0.2], [0.5, 1], 1, 0.1, [1, 0])
 
 
 def test_fit_refuses_arrays_that_do_not_fit() -> None:
