@@ -172,24 +172,30 @@ def _tables(report: dict[str, Any]) -> list[Any]:
     adaptive = report["adaptive"]
     if "switches" in adaptive:
         switches = _table(
-            "adaptive: a switch of workloads",
-            ["from", "to", "fit", "λ before", "λ after", "oracle's", "settled after", "near"],
+            "adaptive: switches of workloads (rows until settled: median, most, share in 500)",
+            ["from", "to", "fit", "grid", "λ before", "λ after", "oracle's", "settled", "near"],
         )
         for row in adaptive["switches"]:
-            settled = row["settled_after"]
-            switches.add_row(
-                row["from"], row["to"], row["method"], f"{row['before']:.3f}",
-                f"{row['after']:.3f}", f"{row['oracle_before']:.3f} {row['oracle_after']:.3f}",
-                "never" if settled is None else str(settled), f"{row['within']:.1%}",
-            )  # fmt: skip
+            for name in ("grid", "fine"):
+                own = row[name]
+                settled = (
+                    f"{'never' if own['settled_after'] is None else own['settled_after']} / "
+                    f"{'never' if own['settled_worst'] is None else own['settled_worst']} / "
+                    f"{own['settled_in_time']:.0%}"
+                )
+                switches.add_row(
+                    row["from"], row["to"], row["method"], name, f"{own['before']:.3f}",
+                    f"{own['after']:.3f}", f"{own['oracle_before']:.3f} {own['oracle_after']:.3f}",
+                    settled, f"{own['near']:.1%}",
+                )  # fmt: skip
         tables.append(switches)
     probes = _table(
         "adaptive: where nothing verifies exits",
-        ["sees", "fit", "probes", "λ", "oracle's", "off by", "labelled", "exits", "wrong"],
+        ["trace", "sees", "fit", "probes", "λ", "oracle's", "off by", "labelled", "exits", "wrong"],
     )
     for row in adaptive["probes"]:
         probes.add_row(
-            row["view"], row["method"], f"{row['probe_rate']:g}", f"{row['threshold']:.3f}",
+            row["trace"], row["view"], row["method"], f"{row['probe_rate']:g}", f"{row['threshold']:.3f}",
             f"{row['oracle']:.3f}", f"{row['error']:.3f}", f"{row['labelled']:.1%}",
             f"{row['exits']:.1%}", f"{row['risk']:.2%}",
         )  # fmt: skip

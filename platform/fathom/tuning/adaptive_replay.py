@@ -2,91 +2,168 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 
 import numpy as np
 
 from fathom.compute import ComputePolicy, PolicyName
-from fathom.exits.beta_mixture import GRID, fit_em, fit_moments
+from fathom.exits.beta_mixture import GRID, START, Beta, BetaMixture, fit_em, fit_moments
 from fathom.exits.bias import Method, View, replay
 from fathom.exits.histogram import ConfidenceHistogram
 from fathom.exits.live import LivePolicies
+from fathom.exits.observed import HALF_LIFE, REFIT
 from fathom.tuning.rows import Bools, Floats, Integers, Measure, TraceRows
 
 STEP = float(GRID[1] - GRID[0])
 """Of λ's grid."""
 
+FINE: Floats = np.linspace(0, 1, 101)
 PROBE_RATE = 0.02
 SETTLED_ROWS = 500
 
 
-def oracle(
-    confidence: Floats, agrees: Bools, method: Method, *, half_life: float | None = None
-) -> float:
-    """λ of the estimator if it knows every row of a workload.
-
-    Args:
-        half_life: in rows; None weighs all the same.
-    """
-    histogram = ConfidenceHistogram(half_life=half_life)
+def oracle(confidence: Floats, agrees: Bools, method: Method, grid: Floats = GRID) -> float:
+    """λ of the estimator if it knows every row of a workload."""
+    histogram = ConfidenceHistogram()
     histogram.add(confidence, agrees)
-    return (fit_em if method is Method.EM else fit_moments)(histogram).threshold()
+    return (fit_em if method is Method.EM else fit_moments)(histogram).threshold(grid=grid)
 
 
-def live_thresholds(measure: Measure, confidence: Floats, agrees: Bools, method: Method) -> Floats:
-    """λ that each row meets under policy ``adaptive`` as an engine runs it, [n]."""
+def live_thresholds(
+    measure: Measure,
+    confidence: Floats,
+    agrees: Bools,
+    method: Method,
+    half_life: float = HALF_LIFE,
+) -> tuple[Floats, Floats]:
+    """λ that each row meets under policy ``adaptive`` as an engine runs it.
+
+    Returns:
+        λ [n]; and λ of the same fits on ``FINE`` [n], which shows what the grid hides.
+    """
     compute = measure.policy(policy=PolicyName.ADAPTIVE)
-    policies = LivePolicies(0.5, estimator=method.value)
-    found = np.empty(len(confidence))
+    policies = LivePolicies(0.5, estimator=method.value, half_life=half_life)
+    found, fine = np.empty(len(confidence)), np.empty(len(confidence))
     for row, (c, y) in enumerate(zip(confidence.tolist(), agrees.tolist(), strict=True)):
         found[row] = _threshold(policies, compute)
+        if row % REFIT == 0:
+            now = _fine(policies)
+        fine[row] = now
         policies.observe(compute, c, y)
-    return found
+    return found, fine
+
+
+def _fine(policies: LivePolicies) -> float:
+    (state,) = policies.snapshot()["measures"].values()
+    mixture = state["mixture"]
+    if mixture is None:
+        return START
+    parts = {name: Beta(**mixture[name]) for name in ("agrees", "disagrees")}
+    return BetaMixture(**{**mixture, **parts}).threshold(grid=FINE)
 
 
 @dataclass(frozen=True, slots=True)
-class Switch:
-    """λ across a switch from one workload to another.
+class Settling:
+    """λ across switches of workloads.
 
     Attributes:
-        before, after: median λ of the latter half of each part. oracle_before, oracle_after: λ of
-            the estimator that knows the whole part. step: of the grid.
-        settled_after: rows from the switch until λ is first within a step of ``after``.
-        within: share of the rows behind the 500th after the switch at which it is.
+        before, after: median λ of the latter half of each workload's rows. oracle_before,
+            oracle_after: λ of the estimator that knows all of them.
+        settled_after: rows from a switch until λ is first within a step of ``after``: the median
+            over the switches, and settled_worst the most; None where one never settled.
+        settled_in_time: share of the switches that settled within 500 rows.
+        near: share of the rows of the second workload, alone, at which λ is within a step of
+            ``after``: what the estimator's noise leaves.
     """
 
-    method: str
     before: float
     after: float
     oracle_before: float
     oracle_after: float
+    settled_after: float | None
+    settled_worst: int | None
+    settled_in_time: float
+    near: float
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """Switches from one workload to another, at several places.
+
+    Attributes:
+        step: of the grid, which λ may differ by and count as settled. grid: λ as policy
+            ``adaptive`` takes it, on FREE's grid. fine: λ of the same fits on a grid of 0.01 over
+            [0, 1], which moves where the other one stands at an end.
+    """
+
+    method: str
+    switches: int
     step: float
-    settled_after: int | None
-    within: float
+    grid: Settling
+    fine: Settling
 
 
-def switch(first: TraceRows, second: TraceRows, measure: Measure, method: Method) -> Switch:
-    """Replay ``first``, then ``second``, without a word of the switch between them.
+def switch(
+    first: TraceRows,
+    second: TraceRows,
+    measure: Measure,
+    method: Method,
+    *,
+    half_life: float = HALF_LIFE,
+    switches: int = 20,
+    rows: int = 2000,
+) -> Switch:
+    """Replay ``rows`` rows of ``first``, then as many of ``second``, without a word of the switch.
 
     In the modes that verify exits every row is flushed, so rows are flushed tokens here.
+
+    Args:
+        switches: how often, each from another place of both traces.
     """
-    parts = [(measure.of(rows), rows.agrees) for rows in (first, second)]
-    confidence = np.concatenate([c for c, _ in parts])
-    agrees = np.concatenate([y for _, y in parts])
-    thresholds = live_thresholds(measure, confidence, agrees, method)
-    before, after = thresholds[: len(first)], thresholds[len(first) :]
-    ends = [float(np.median(part[len(part) // 2 :])) for part in (before, after)]
-    near = np.abs(after - ends[1]) <= STEP + 1e-9
-    later = near[SETTLED_ROWS:]
-    return Switch(
-        method=method.value,
+    parts = [(measure.of(each), each.agrees) for each in (first, second)]
+    alone = [live_thresholds(measure, *part, method, half_life) for part in parts]
+    after: list[tuple[Floats, Floats]] = []
+    for number in range(switches):
+        pieces = []
+        for confidence, agrees in parts:
+            start = round((len(confidence) - min(rows, len(confidence))) * number / switches)
+            pieces.append((confidence[start : start + rows], agrees[start : start + rows]))
+        (c0, y0), (c1, y1) = pieces
+        both = np.concatenate([c0, c1]), np.concatenate([y0, y1])
+        grid, fine = live_thresholds(measure, *both, method, half_life)
+        after.append((grid[len(c0) :], fine[len(c0) :]))
+    settlings = [
+        _settling(
+            (alone[0][place], alone[1][place]),
+            [oracle(*part, method, values) for part in parts],
+            [each[place] for each in after],
+        )
+        for place, values in enumerate((GRID, FINE))
+    ]
+    return Switch(method.value, switches, STEP, *settlings)
+
+
+def _settling(
+    alone: tuple[Floats, Floats], oracles: list[float], switched: list[Floats]
+) -> Settling:
+    ends = [float(np.median(part[len(part) // 2 :])) for part in alone]
+    tolerance = STEP + 1e-9
+    settled = []
+    for thresholds in switched:
+        near = np.abs(thresholds - ends[1]) <= tolerance
+        settled.append(int(near.argmax()) if near.any() else None)
+    known = [rows for rows in settled if rows is not None]
+    never = len(known) < len(settled)
+    return Settling(
         before=ends[0],
         after=ends[1],
-        oracle_before=oracle(*parts[0], method),
-        oracle_after=oracle(*parts[1], method),
-        step=STEP,
-        settled_after=int(near.argmax()) if near.any() else None,
-        within=float(later.mean()) if len(later) else float("nan"),
+        oracle_before=oracles[0],
+        oracle_after=oracles[1],
+        settled_after=statistics.median(known) if known else None,
+        settled_worst=None if never else max(known),
+        settled_in_time=sum(rows <= SETTLED_ROWS for rows in known) / len(settled),
+        near=float((np.abs(alone[1] - ends[1]) <= tolerance)[SETTLED_ROWS:].mean()),
     )
 
 
@@ -95,6 +172,7 @@ class Probing:
     """What λ is learned where nothing verifies exits, as in mode ``copy``.
 
     Attributes:
+        trace: of which workload.
         view: which rows the estimator sees (``fathom.exits.bias.View``).
         threshold: λ, mean over the latter half of the rows; spread: its standard deviation there.
         oracle: λ of the estimator that sees every row. error: mean |λ - oracle| there.
@@ -102,6 +180,7 @@ class Probing:
         risk: share of rows that left and were wrong.
     """
 
+    trace: str
     view: str
     method: str
     probe_rate: float
@@ -129,6 +208,7 @@ def probing(
     thresholds, exits = found.thresholds[half], found.exits[half]
     best = oracle(confidence, rows.agrees, method)
     return Probing(
+        trace=rows.name,
         view=view.value,
         method=method.value,
         probe_rate=PROBE_RATE if view in (View.LATENT, View.WEIGHTED) else 0.0,

@@ -62,10 +62,11 @@ def live_exits(
     policies = LivePolicies(rows.source.exit_cost)
     policies.check(compute)
     exits = np.zeros(len(rows), bool)
-    spent: dict[int, list[int]] = {}  # of a request: exited, decided, drafts on its stack
+    spent: dict[int, list[int]] = {}  # of a request: exited, decided, drafts on its stack, wrong
+    counts = np.bincount(rows.groups).tolist()
     values = zip(rows.groups.tolist(), measure.of(rows).tolist(), rows.agrees.tolist(), strict=True)
     for row, (group, confidence, agrees) in enumerate(values):
-        page = spent.setdefault(group, [0, 0, 0])
+        page = spent.setdefault(group, [0, 0, 0, 0])
         if page[2] < MAX_STACK:
             threshold = policies.threshold_for(compute, page[0], page[1])
             leaves = confidence > (compute.threshold if threshold is None else threshold)
@@ -76,6 +77,11 @@ def live_exits(
         page[0] += leaves
         page[1] += 1
         page[2] = page[2] + 1 if leaves else 0
+        page[3] += leaves and not agrees
+        if page[1] == counts[group]:
+            policies.completed(
+                compute, exited=page[0], decided=page[1], asked=page[1], wrong=page[3]
+            )
     return exits
 
 

@@ -117,7 +117,8 @@ def adaptive(rows: TraceRows, shifted: TraceRows | None, measure: Measure) -> di
     """λ across a switch of workloads, with and without probes, and over replicas."""
     report: dict[str, Any] = {
         "probes": [
-            dataclasses.asdict(probing(rows, measure, view, method))
+            dataclasses.asdict(probing(each, measure, view, method))
+            for each in (rows, *([] if shifted is None else [shifted]))
             for method in Method
             for view in (View.STACKS, View.STAYED, View.WEIGHTED, View.LATENT)
         ]
