@@ -148,6 +148,11 @@ class Ledger:
         for account in (page, self.total):
             account.probes += 1
 
+    def enter_load_shift(self, page: ComputeUsage) -> None:
+        """Enter a token of the output that was decided at a cheaper setting than asked for."""
+        for account in (page, self.total):
+            account.load_shifted += 1
+
     def enter_preemption(self, page: ComputeUsage) -> None:
         """Enter a sequence that will be recomputed."""
         for account in (page, self.total):

@@ -13,7 +13,7 @@ from fathom.engine.accept import judge
 from fathom.engine.costs import FlushRule, StageCosts
 from fathom.engine.deep import DeepLost, DeepStage, FlushResult
 from fathom.engine.drafting import DraftRule
-from fathom.engine.figures import figures
+from fathom.engine.figures import figures, pressure
 from fathom.engine.flights import Answer, Flights, reads_logits
 from fathom.engine.info import EngineInfo
 from fathom.engine.output import confirm, take_output
@@ -25,6 +25,7 @@ from fathom.engine.shallow import ShallowStage
 from fathom.engine.text import DetokenizerFactory
 from fathom.engine.trace import TraceListener, record_of
 from fathom.exits.live import LivePolicies
+from fathom.exits.load import Ladder, LadderPoints, LoadConfig, LoadShift
 from fathom.ledger import Ledger
 from fathom.types import (
     FinishReason,
@@ -79,6 +80,7 @@ class Engine:
         self._next_seq_id = 0
         self._outputs: list[RequestOutput] = []
         self._listener: TraceListener | None = None
+        self._load: LoadShift | None = None
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> Engine:
@@ -106,6 +108,16 @@ class Engine:
         self._listener = listener
         self._shallow.traced = listener is not None
         self._shallow.keeps_hidden = hidden
+
+    def shift_under_load(self, config: LoadConfig, points: LadderPoints = ()) -> None:
+        """Take cheaper settings under load, as far as requests allow it.
+
+        Args:
+            config: when; see ``exits.load``. points: see ``Ladder``.
+        """
+        if config.enabled:
+            self._load = LoadShift(config, Ladder(points, self.policies.least_budget))
+            self._shallow.load = self._load
 
     # Requests
 
@@ -163,6 +175,8 @@ class Engine:
             what is new: tokens, text, ends.
         """
         self._end_expired()
+        if self._load is not None:
+            self._load.update(pressure(self._scheduler, self._deep))
         self._land_loads()
         work = self._scheduler.schedule()
         if work:
@@ -181,6 +195,7 @@ class Engine:
             **figures(self._scheduler, self._deep, self.ledger),
             **self.policies.figures(),
             "drafting_paused": float(self._draft_rule is not None and self._draft_rule.paused),
+            "load_level": 0 if self._load is None else self._load.level,
         }
 
     def check_integrity(self) -> None:
@@ -221,7 +236,8 @@ class Engine:
             compute = seq.request.compute
             if not compute.holds_drafts:
                 assert logits is not None
-                confirm(seq, decision.token, self.info.exit_depth, logits, self.ledger)
+                depth, shifted = self.info.exit_depth, decision.shifted
+                confirm(seq, decision.token, depth, logits, self.ledger, shifted=shifted)
             # The end of the text, as drafted, goes to the deep stage at once.
             if seq.finish_reason or self._may_end(seq, decision.token):
                 seq.waiting = True
@@ -376,7 +392,8 @@ class Engine:
                 seq.epoch += 1
             if compute.holds_drafts or not drafted:
                 depth = self.info.exit_depth if verdict.kept else self.info.num_layers
-                confirm(seq, verdict.token, depth, row, self.ledger)
+                shifted = decision.shifted
+                confirm(seq, verdict.token, depth, row, self.ledger, shifted=shifted)
             if (drafted and not verdict.kept) or (compute.holds_drafts and seq.finish_reason):
                 break
         self._scheduler.publish(seq)
@@ -452,7 +469,8 @@ class Engine:
         # What was cut short was never checked for non-finite values.
         checked = seq.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
         self._scheduler.remove(seq, scrub=not checked)
-        if checked:
+        # What was spent under load is nothing that later requests should make up for.
+        if checked and not seq.compute.load_shifted:
             self.policies.completed(
                 seq.request.compute,
                 exited=seq.compute.exited,

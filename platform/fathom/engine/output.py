@@ -11,7 +11,13 @@ from fathom.types import FinishReason, RequestOutput, Token, Usage
 
 
 def confirm(
-    seq: Sequence, token: int, depth: int, logits: torch.Tensor | None, ledger: Ledger
+    seq: Sequence,
+    token: int,
+    depth: int,
+    logits: torch.Tensor | None,
+    ledger: Ledger,
+    *,
+    shifted: bool = False,
 ) -> None:
     """Make one token final, and see whether the completion ends with it.
 
@@ -19,6 +25,7 @@ def confirm(
         depth: layers that had run when it was decided.
         logits: [vocabulary] that it was chosen from, as the model gave them; None where no
             logprobs are asked for.
+        shifted: see ``Decision``.
     """
     params = seq.request.sampling
     logprob = top = None
@@ -27,6 +34,8 @@ def confirm(
         logprob, top = sampling.logprobs_of(logits, token, params.logprobs)
     seq.new_tokens.append(Token(token, depth, logprob, top))
     ledger.enter_token(seq.compute, depth)
+    if shifted:
+        ledger.enter_load_shift(seq.compute)
     advance(seq, token)
 
 

@@ -33,6 +33,7 @@ class Decision:
         probe: the draft would have left, but the deep stage is asked all the same.
         notes: what else the exit head said; where the engine is traced.
         resumed: another engine's draft, lost with it: judged again, but in no account or trace.
+        shifted: it was taken at a cheaper setting than asked for, because of load.
     """
 
     position: int
@@ -43,6 +44,7 @@ class Decision:
     probe: bool = False
     notes: Notes | None = None
     resumed: bool = False
+    shifted: bool = False
 
 
 @dataclass(slots=True, eq=False)

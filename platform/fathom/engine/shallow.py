@@ -18,11 +18,12 @@ from fathom.engine.sequence import Decision, Sequence
 from fathom.engine.stage import Pass, Stage
 from fathom.engine.trace import take_notes
 from fathom.exits.live import LivePolicies
+from fathom.exits.load import LoadShift, Rung
 from fathom.exits.meta import MetaClassifier
 from fathom.exits.policy import exits
 from fathom.ledger import Ledger
 from fathom.models.heads import ExitHead
-from fathom.types import AcceptMode, Confidence, PolicyName
+from fathom.types import AcceptMode, ComputePolicy, Confidence, PolicyName
 
 
 class ShallowStage:
@@ -31,6 +32,7 @@ class ShallowStage:
     Attributes:
         head: the exit head. meta: the classifier of the confidence of that name, or None.
         traced: whether decisions note all that the head says. keeps_hidden: exit states too.
+        load: what takes cheaper settings under load, or None.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class ShallowStage:
         self._width = stage.decoder.config.hidden_size
         self.traced = False
         self.keeps_hidden = False
+        self.load: LoadShift | None = None
 
     def run(
         self, work: Rows[ShallowWork], *, pause: bool = False
@@ -185,9 +188,14 @@ class ShallowStage:
             decision = seq.pending[-1]
             decision.best = self.head.token_of(column)
             decision.notes = note
+            decision.shifted = self._rung(seq.request.compute) is not None
             reported = seq.request.sampling.logprobs is not None
             decided.append((seq, self.head.spread(logits) if reported else logits))
         return decided
+
+    def _rung(self, compute: ComputePolicy) -> Rung | None:
+        """What the load leaves of a request's policy; None for all of it."""
+        return None if self.load is None else self.load.rung(compute)
 
     def _may_draft(self, seq: Sequence) -> bool:
         compute = seq.request.compute
@@ -211,10 +219,15 @@ class ShallowStage:
         """Choose a draft; keep it if the exit policy lets it go."""
         position = seq.shallow_len - 1
         compute = seq.request.compute
+        rung = self._rung(compute)
+        if rung is not None:
+            compute = rung.compute
         chance = 0.0
         if compute.policy is PolicyName.FORCED:
             chance = uniform(seq.seed, position, seq.epoch, Draw.FORCED_EXIT)
         threshold = self._policies.threshold_for(compute, *seq.spent)
+        if rung is not None:
+            threshold = rung.lower(threshold)
         if not exits(compute, confidence, threshold=threshold, uniform=chance):
             return self._leave_to_deep_stage(seq, confidence)
         rate = compute.probes

@@ -29,6 +29,8 @@ from fathom.compute import AcceptMode, ComputePolicy, PolicyName
 from fathom.settings import ConfigError, check_above_zero
 
 BUDGET_STEP = 0.1
+LadderPoints = Sequence[tuple[ComputePolicy, float]]
+"""Compute policies, and the share of full compute that each was measured to spend."""
 _MODES = (AcceptMode.ROLLBACK, AcceptMode.FREE, AcceptMode.COPY)
 _POLICIES = (PolicyName.THRESHOLD, PolicyName.ADAPTIVE, PolicyName.BUDGET)
 _REMEMBERED = 256
@@ -159,13 +161,12 @@ class Ladder:
     """Cheaper and cheaper settings for each request.
 
     Args:
-        points: compute policies, and the share of full compute that each was measured to spend.
         least_budget: the least possible budget of a policy, by its stack.
     """
 
     def __init__(
         self,
-        points: Sequence[tuple[ComputePolicy, float]] = (),
+        points: LadderPoints = (),
         least_budget: Callable[[ComputePolicy], float] = lambda _: 0.0,
     ) -> None:
         self._points = sorted(
