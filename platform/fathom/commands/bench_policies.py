@@ -195,9 +195,9 @@ def _tables(report: dict[str, Any]) -> list[Any]:
     )
     for row in adaptive["probes"]:
         probes.add_row(
-            row["trace"], row["view"], row["method"], f"{row['probe_rate']:g}", f"{row['threshold']:.3f}",
-            f"{row['oracle']:.3f}", f"{row['error']:.3f}", f"{row['labelled']:.1%}",
-            f"{row['exits']:.1%}", f"{row['risk']:.2%}",
+            row["trace"], row["view"], row["method"], f"{row['probe_rate']:g}",
+            f"{row['threshold']:.3f}", f"{row['oracle']:.3f}", f"{row['error']:.3f}",
+            f"{row['labelled']:.1%}", f"{row['exits']:.1%}", f"{row['risk']:.2%}",
         )  # fmt: skip
     tables.append(probes)
     overhead = _table("overhead", ["policy", "µs a token", "% of a draft step"])

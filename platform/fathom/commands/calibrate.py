@@ -67,6 +67,12 @@ def add_parser(commands: Any) -> None:
         help="probability with which a promise may fail (default: 0.1)",
     )
     fit.add_argument(
+        "--bound",
+        choices=("hoeffding_bentkus", "betting"),
+        default="hoeffding_bentkus",
+        help="how risks are certified; betting lets more tokens exit (default: hoeffding_bentkus)",
+    )
+    fit.add_argument(
         "--balanced-risk", type=float, default=0.05, metavar="D", help="of balanced (default: 0.05)"
     )
     fit.add_argument(
@@ -180,12 +186,13 @@ def _fit(args: argparse.Namespace) -> int:
     rows = read(args.trace)
     from rich.console import Console
 
+    from fathom.exits.p_values import Bound
     from fathom.tuning.points_fit import fit_points
 
     try:
         fitted = fit_points(
             rows, args.trace, confidence=Confidence(args.confidence), risks=risks,
-            epsilon=args.epsilon, balanced_risk=args.balanced_risk,
+            epsilon=args.epsilon, bound=Bound(args.bound), balanced_risk=args.balanced_risk,
             fast_agreement=args.fast_agreement, seed=args.seed,
         )  # fmt: skip
     except ValueError as error:

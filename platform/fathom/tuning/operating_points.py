@@ -22,6 +22,7 @@ from fathom.checks import InvalidRequest
 from fathom.compute import AcceptMode, ComputePolicy, Confidence, PolicyName
 from fathom.engine.info import EngineInfo
 from fathom.exits.budget import exit_share
+from fathom.exits.p_values import Bound
 from fathom.exits.risk import Certificate, Losses, certify_losses
 from fathom.settings import ConfigError, from_mapping, read_yaml
 from fathom.tuning.loss_table import decode_losses, encode_losses
@@ -77,11 +78,13 @@ class Calibration:
 
     Attributes:
         losses: of held-out requests, which chose neither measure nor temperature.
+        bound: that certificates are computed by; chosen before looking at what either gives.
     """
 
     confidence: Confidence
     exit_temperature: float
     losses: Losses
+    bound: Bound = Bound.HOEFFDING_BENTKUS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -160,7 +163,8 @@ class OperatingPoints:
         Raises:
             TooLittleData: where it is too small for the promise.
         """
-        return certify_losses(self.calibration.losses, delta, epsilon)
+        own = self.calibration
+        return certify_losses(own.losses, delta, epsilon, own.bound)
 
     def with_risk(self, compute: ComputePolicy) -> ComputePolicy:
         """A policy ``risk`` with its certified λ, by the measure that the table is of.
@@ -215,6 +219,7 @@ class OperatingPoints:
             "calibration": {
                 "confidence": own.confidence.value,
                 "exit_temperature": own.exit_temperature,
+                "bound": own.bound.value,
                 **encode_losses(own.losses),
             },
         }
@@ -257,6 +262,7 @@ def load(path: Path) -> OperatingPoints:
                 Confidence(table["confidence"]),
                 float(table["exit_temperature"]),
                 decode_losses(table),
+                Bound(table["bound"]),
             ),
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:

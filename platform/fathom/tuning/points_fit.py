@@ -12,6 +12,7 @@ import numpy as np
 from fathom.compute import AcceptMode, ComputePolicy, Confidence, PolicyName
 from fathom.exits.calibration import FittedTemperature, fit_temperature
 from fathom.exits.live import most_exits
+from fathom.exits.p_values import Bound
 from fathom.exits.risk import Certificate, TooLittleData, certify_losses, losses
 from fathom.tuning.budget_replay import MAX_STACK, first_threshold, live_exits, outcome
 from fathom.tuning.loss_table import grid
@@ -47,6 +48,7 @@ def fit_points(
     confidence: Confidence = Confidence.SOFTMAX_GAP,
     risks: tuple[float, ...] = (0.02, 0.05, 0.1),
     epsilon: float = 0.1,
+    bound: Bound = Bound.HOEFFDING_BENTKUS,
     balanced_risk: float = 0.05,
     fast_agreement: float = 0.9,
     seed: int = 0,
@@ -57,7 +59,7 @@ def fit_points(
     certificates are of the others: a certificate holds for data that has chosen nothing.
 
     Args:
-        path: of the trace, for its digest.
+        path: of the trace, for its digest. bound: of the certificates.
         balanced_risk: δ of the point ``balanced``. fast_agreement: of the point ``fast``: it
             spends the least budget whose tokens agree with the full model so often.
 
@@ -74,7 +76,7 @@ def fit_points(
     certificates, refused = [], {}
     for delta in dict.fromkeys((*risks, balanced_risk)):
         try:
-            certificates.append(certify_losses(table, delta, epsilon))
+            certificates.append(certify_losses(table, delta, epsilon, bound))
         except TooLittleData as error:
             refused[delta] = str(error)
     found = {each.delta: each for each in certificates}
@@ -96,7 +98,7 @@ def fit_points(
         trace=rows.name,
         trace_sha256=digest(path),
     )
-    calibration = Calibration(measure.confidence, measure.temperature, table)
+    calibration = Calibration(measure.confidence, measure.temperature, table, bound)
     file = OperatingPoints("", identity, points, calibration)
     return Fitted(file, fitted, certificates, refused)
 
