@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fathom.api.backend import ModelInfo
+from fathom.api.compute import resolve
 from fathom.api.prompts import Tokenizer, template_message, tokenize_prompts
 from fathom.api.schemas import (
     ChatCompletionRequest,
     CompletionRequest,
-    ComputeOptions,
     GenerationRequest,
 )
+from fathom.tuning.operating_points import OperatingPoints
 from fathom.types import (
     ComputePolicy,
     InvalidRequest,
@@ -33,10 +33,12 @@ class Defaults:
 
     Attributes:
         compute: the compute policy. timeout_s: seconds until a request's deadline.
+        points: the operating points that requests can name, if there are any.
     """
 
     compute: ComputePolicy
     timeout_s: float
+    points: OperatingPoints | None = None
 
 
 def chat_request(
@@ -117,21 +119,6 @@ def completion_requests(
     ]
 
 
-def compute_policy(options: ComputeOptions | None, default: ComputePolicy) -> ComputePolicy:
-    """The policy that ``options`` ask for, on top of the server's.
-
-    Raises:
-        InvalidRequest: naming the field as ``compute.<field>``.
-    """
-    given = {} if options is None else options.model_dump(exclude_none=True)
-    policy = dataclasses.replace(default, **given)
-    try:
-        policy.validate()
-    except InvalidRequest as error:
-        raise InvalidRequest(f"compute.{error}", param=f"compute.{error.param}") from error
-    return policy
-
-
 def _request(
     body: GenerationRequest,
     request_id: str,
@@ -194,7 +181,7 @@ def _request(
         request_id=request_id,
         prompt_token_ids=tuple(prompt),
         sampling=sampling,
-        compute=compute_policy(body.compute, defaults.compute),
+        compute=resolve(body.compute, body.reasoning_effort, defaults.compute, defaults.points),
         n=n,
         timeout_s=defaults.timeout_s,
         cache_salt=body.cache_salt or "",

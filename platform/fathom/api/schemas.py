@@ -39,20 +39,63 @@ class StreamOptions(Model):
 
 
 class ComputeOptions(BaseModel):
-    """How much depth this request's tokens get; what is left out keeps the server's setting."""
+    """How much depth this request's tokens get; what is left out keeps the server's setting.
+
+    At most one of ``operating_point``, ``budget`` and ``risk``; see ``api.compute.resolve``.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
+    operating_point: Text | None = Field(
+        None,
+        description="Name of measured settings that this server has (`GET /v1/operating_points`); "
+        "other fields change them.",
+    )
+    budget: float | None = Field(
+        None,
+        description="Spend at most this share of full compute a token, in (0, 1]; `usage` has what "
+        "was spent. Implies policy `budget`, and mode `free` where the server's is lossless.",
+    )
+    risk: float | None = Field(
+        None,
+        description="Differ from the full model on at most this share of tokens, in (0, 1); "
+        "refused where the server's calibration data cannot carry it. Implies policy `risk`, and "
+        "mode `free` where the server's is lossless.",
+    )
+    risk_confidence: float | None = Field(
+        None, description="Probability with which the promise of `risk` holds. In (0, 1)."
+    )
     mode: Text | None = Field(
         None,
         description="What happens when the deep stage disagrees with a token that left early: "
         "`full` (no early exits), `exact` (same output as `full`), `rollback`, `free`, `copy`.",
     )
     policy: Text | None = Field(
-        None, description="What decides an exit: `never`, `always`, `threshold`, `forced`."
+        None,
+        description="What decides an exit: `never`, `always`, `threshold`, `forced`, `adaptive` (a "
+        "threshold that follows what is seen), `budget`, `risk`.",
     )
     exit_threshold: float | None = Field(
-        None, description="Policy `threshold`: exit if the confidence is above this. In [0, 1]."
+        None,
+        description="Exit if the confidence is above this, in [0, 1]. Implies policy `threshold`; "
+        "under `adaptive` it is where that begins.",
+    )
+    confidence: Text | None = Field(
+        None,
+        description="The measure that is compared: `softmax_gap`, `max_prob`, `entropy`, "
+        "`saturation`, or `meta` where a classifier is loaded.",
+    )
+    exit_temperature: float | None = Field(
+        None, description="The exit head's logits are divided by this before. In [0.05, 20]."
+    )
+    probe_rate: float | None = Field(
+        None,
+        description="Share of exits that run all layers all the same, to learn from. In [0, 1].",
+    )
+    load_aware: bool | None = Field(
+        None,
+        description="Whether a server under pressure may take cheaper settings. Never in modes "
+        "`full` and `exact`, nor below a `risk`; `usage.compute.load_shifted` counts the tokens.",
     )
     forced_exit_rate: float | None = Field(
         None, description="Policy `forced`: probability of an exit. In [0, 1]."
@@ -91,6 +134,12 @@ class GenerationRequest(Model):
     cache_salt: Text | None = None
     # ours
     compute: ComputeOptions | None = Field(None, description="Depth of this request's tokens.")
+    reasoning_effort: Text | None = Field(
+        None,
+        description="`low`, `medium` or `high`: the operating points `fast`, `balanced` and "
+        "`exact`, or the modes `free`, `rollback` and `exact` where there are none. What `compute` "
+        "says comes first.",
+    )
     depths: bool | None = Field(
         None, description="Report the number of layers behind each token in the choices."
     )

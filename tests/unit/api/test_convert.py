@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from fathom.api.backend import ModelInfo
-from fathom.api.convert import Defaults, chat_request, completion_requests, compute_policy
-from fathom.api.schemas import ChatCompletionRequest, CompletionRequest, ComputeOptions
+from fathom.api.convert import Defaults, chat_request, completion_requests
+from fathom.api.schemas import ChatCompletionRequest, CompletionRequest
 from fathom.models.tokenizer import Tokenizer
-from fathom.types import AcceptMode, ComputePolicy, PolicyName, Request
+from fathom.types import AcceptMode, ComputePolicy, Request
 
 INFO = ModelInfo(num_layers=4, exit_layer=2, vocab_size=257, max_model_len=128)
 DEFAULTS = Defaults(compute=ComputePolicy(), timeout_s=9.0)
@@ -97,16 +97,8 @@ def test_completion_defaults(tokenizer: Tokenizer) -> None:
     assert text(tokenizer, best_of=1)[0].n == 1
 
 
-def test_compute_policy_is_laid_over_the_servers() -> None:
-    default = ComputePolicy(mode=AcceptMode.FREE, exit_threshold=0.7, max_stack=4)
-    assert compute_policy(None, default) == default
-    policy = compute_policy(ComputeOptions(mode="rollback", rollback_nats=1), default)
-    assert policy.mode is AcceptMode.ROLLBACK
-    assert policy.policy is PolicyName.THRESHOLD
-    assert (policy.exit_threshold, policy.max_stack, policy.rollback_nats) == (0.7, 4, 1)
-
-
-def test_names_from_a_file_become_enumeration_members() -> None:
-    policy = compute_policy(None, ComputePolicy(mode="full", policy="never"))  # type: ignore[arg-type]
-    assert policy.mode is AcceptMode.FULL
-    assert policy.policy is PolicyName.NEVER
+def test_compute_and_effort_arrive(tokenizer: Tokenizer) -> None:
+    assert chat(tokenizer, reasoning_effort="low").compute.mode is AcceptMode.FREE
+    both = {"reasoning_effort": "low", "compute": {"exit_threshold": 0.3}}
+    for request in (chat(tokenizer, **both), text(tokenizer, **both)[0]):
+        assert (request.compute.mode, request.compute.exit_threshold) == (AcceptMode.FREE, 0.3)
