@@ -230,7 +230,7 @@ class QuantileTracker:
         if aim >= 1:
             return -1.0  # everybody is, even at confidence 0
         at = (1 - aim) * (len(self._table) - 1)
-        low = int(at)
+        low = min(int(at), len(self._table) - 2)  # an aim near 0 rounds to the end
         return self._table[low] + (at - low) * (self._table[low + 1] - self._table[low])
 
     def settle(self, budget: float, exited: int, decided: int) -> None:

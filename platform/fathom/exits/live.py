@@ -29,6 +29,8 @@ from fathom.types import ComputePolicy, Confidence, InvalidRequest, PolicyName
 _MOST_MEASURES = 16
 """Kept apart; another takes the place of the one that was seen least."""
 
+_PROBABILITIES = (Confidence.SOFTMAX_GAP, Confidence.MAX_PROB, Confidence.META)
+
 _FIGURES_EVERY = 64
 """Rows between two tellings of the figures, which are asked for at every step."""
 
@@ -210,7 +212,10 @@ class LivePolicies:
                 del self._observed[least]
                 self._last_budget.pop(least, None)
             found = self._observed[key] = Observed(
-                self._exit_cost, estimator=self._estimator, half_life=self._half_life
+                self._exit_cost,
+                estimator=self._estimator,
+                half_life=self._half_life,
+                by_quantiles=key[0] not in _PROBABILITIES,
             )
         return found
 

@@ -7,7 +7,9 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
-from fathom.exits.beta_mixture import START, BetaMixture, fit_em, fit_moments
+import numpy as np
+
+from fathom.exits.beta_mixture import GRID, START, BetaMixture, fit_em, fit_moments
 from fathom.exits.budget import QuantileTracker
 from fathom.exits.histogram import ConfidenceHistogram, Kind
 
@@ -19,6 +21,9 @@ REFIT = 64
 
 _HISTORY = 512
 
+_LEVELS = np.linspace(0.05, 0.95, 19)
+"""Quantiles that λ is chosen from, for measures that FREE's grid does not fit."""
+
 
 class Observed:
     """Rows of one measure, by what the deep stage said of them.
@@ -27,6 +32,8 @@ class Observed:
 
     Args:
         exit_cost: see ``QuantileTracker``. estimator: "em" or "moments" (``beta_mixture``).
+        by_quantiles: choose λ from quantiles of what was seen, not from FREE's grid of [0.3, 0.9],
+            which is made for the softmax gap: saturation, say, may never be below 0.9.
         half_life: in rows; see ``ConfidenceHistogram``.
 
     Attributes:
@@ -36,7 +43,14 @@ class Observed:
         history: rows seen, and λ then; of the latest 512 fits.
     """
 
-    def __init__(self, exit_cost: float, *, estimator: str, half_life: float = HALF_LIFE) -> None:
+    def __init__(
+        self,
+        exit_cost: float,
+        *,
+        estimator: str,
+        half_life: float = HALF_LIFE,
+        by_quantiles: bool = False,
+    ) -> None:
         self.own = ConfidenceHistogram(half_life=half_life)
         self.counted = [0] * len(Kind)
         self.mixture: BetaMixture | None = None
@@ -45,6 +59,7 @@ class Observed:
         self._all = ConfidenceHistogram(half_life=half_life)
         self._tracker = QuantileTracker(self._all, exit_cost)
         self._moments = estimator == "moments"
+        self._by_quantiles = by_quantiles
         self._fitted_at = 0
 
     def add(self, confidence: float, agrees: bool | None) -> None:
@@ -70,7 +85,8 @@ class Observed:
             self.mixture = (
                 fit_moments(everything) if self._moments else fit_em(everything, self.mixture)
             )
-            self.adaptive = self.mixture.threshold()
+            grid = everything.quantile(_LEVELS) if self._by_quantiles else GRID
+            self.adaptive = self.mixture.threshold(grid=grid)
             self.history.append((self._all.seen, self.adaptive))
         if start is not None and (self.mixture is None or self.mixture.fallback):
             return start

@@ -287,3 +287,22 @@ def test_the_state_is_visible() -> None:
     assert measure["history"][-1] == [640, threshold]
     assert [seen for seen, _ in measure["history"]] == list(range(64, 641, 64))
     assert measure["mixture"]["agrees"]["alpha"] > measure["mixture"]["agrees"]["beta"]
+
+
+def test_adaptive_finds_its_threshold_among_confidences_that_are_never_low() -> None:
+    """Saturation of a real model lies above 0.9, beyond FREE's grid."""
+    policies = LivePolicies(EXIT_COST)
+    policy = ComputePolicy(
+        mode=AcceptMode.FREE, policy=PolicyName.ADAPTIVE, confidence=Confidence.SATURATION
+    )
+    left, wrong = 0, 0
+    for confidence, agrees in drafts(((8, 2), (2, 8), 0.4), 3000):
+        high = 0.95 + 0.04 * confidence
+        threshold = policies.threshold_for(policy, 0, 0)
+        assert threshold is not None
+        if high > threshold:
+            left, wrong = left + 1, wrong + (not agrees)
+        policies.observe(policy, high, agrees)
+    assert 0.95 < policies.threshold_for(policy, 0, 0) < 0.99
+    assert 0.25 < left / 3000 < 0.6  # about the 40% that agree leave
+    assert wrong < 0.2 * left
