@@ -16,9 +16,11 @@ COMMANDS = [
     "pull",
     "bench engine",
     "bench cluster",
+    "bench policies",
     "chaos",
     "train exits",
     "train probe",
+    "calibrate",
     "eval",
     "doctor",
 ]
