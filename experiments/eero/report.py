@@ -56,7 +56,7 @@ def _table(group: Sequence[Result]) -> str:
         + " | ".join(f"{a:.2f}" for a in 100 * overthought.mean(0))
         + " |",
         "",
-        "| budget | spending: realised | off by, at most | % "
+        "| budget | plain: realised | off by, at most | % "
         "| EERO: planned | realised | off by, at most | FLOPs | % | "
         + " | ".join(f"{name} % (at)" for name in NAMES.values())
         + " | EERO − one threshold | EERO − deepest |",
@@ -67,12 +67,12 @@ def _table(group: Sequence[Result]) -> str:
         realised = np.array([p.eero.realised for p in points])
         eero = 100 * np.array([p.eero.accuracy for p in points])
         planned = np.array([p.planned for p in points])
-        spent = np.array([p.spending.realised for p in points])
+        spent = np.array([p.plain.realised for p in points])
         cells = [
             f"{point.budget:.2f}",
             f"{spent.mean():.3f}",
             f"{np.abs(spent / point.budget - 1).max():.1%}",
-            f"{100 * np.mean([p.spending.accuracy for p in points]):.2f}",
+            f"{100 * np.mean([p.plain.accuracy for p in points]):.2f}",
             f"{planned.mean():.3f}",
             f"{realised.mean():.3f}",
             f"{np.abs(realised / planned - 1).max():.1%}",

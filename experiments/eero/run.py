@@ -38,11 +38,11 @@ class Point:
     """One budget of one classifier and seed.
 
     Attributes:
-        eero: on the test rows, as ``/v1/classify`` serves it: β by accuracy on the calibration
-            rows. planned: what it means to spend, at most the budget.
+        eero: on the test rows, as ``/v1/classify`` serves it: prior and β by accuracy on the
+            calibration rows. planned: what it means to spend, at most the budget.
         flops: that it spent on the test rows, as a share of the full model's, the lengths of texts
             considered. beta: that was taken. shares: p, that should leave at each head.
-        spending: EERO with the largest β for which the budget binds.
+        plain: EERO with the uniform prior and the largest β for which the budget binds.
         others: baselines by name; None where the budget allows nothing.
     """
 
@@ -52,7 +52,7 @@ class Point:
     flops: float
     beta: float
     shares: list[float]
-    spending: Outcome
+    plain: Outcome
     others: dict[str, Outcome | None]
 
 
@@ -93,7 +93,7 @@ def evaluate(name: str, task: Task, files: ClassifierFiles, seed: int) -> Result
         exits = apply(test.confidence, fitted.thresholds)
         flops = spent[np.arange(len(exits)), exits].sum() / spent[:, -1].sum()
         shares = np.asarray(fitted.shares)
-        spending = fit_spending(calibration, costs, budget)
+        plain = fit_plain(calibration, costs, budget)
         points.append(
             Point(
                 budget,
@@ -102,7 +102,7 @@ def evaluate(name: str, task: Task, files: ClassifierFiles, seed: int) -> Result
                 float(flops),
                 fitted.beta,
                 shares.tolist(),
-                baselines.outcome(test, apply(test.confidence, spending.thresholds), costs),
+                baselines.outcome(test, apply(test.confidence, plain.thresholds), costs),
                 {
                     "static": baselines.static(calibration, test, alone, budget),
                     "global": baselines.one_threshold(calibration, test, costs, budget),
@@ -123,8 +123,8 @@ def evaluate(name: str, task: Task, files: ClassifierFiles, seed: int) -> Result
     )
 
 
-def fit_spending(calibration: Answers, costs: Floats, budget: float) -> FittedExits:
-    """EERO with the largest β for which the budget binds; the smallest where it never does."""
+def fit_plain(calibration: Answers, costs: Floats, budget: float) -> FittedExits:
+    """Uniform prior, and the largest β for which the budget binds (the smallest if none does)."""
     risks = 1 - calibration.correct.mean(axis=0)
     binding = [
         beta

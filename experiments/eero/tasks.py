@@ -30,7 +30,6 @@ class Task:
     Attributes:
         title: for tables. train, heldout: files in the data folder; where they are the same one,
             held-out rows are other rows of it. train_rows, heldout_rows: drawn at random; 0: all.
-        trainings: distinct ones; further seeds split the held-out rows alone.
     """
 
     title: str
@@ -39,7 +38,6 @@ class Task:
     heldout: str
     train_rows: int = 0
     heldout_rows: int = 0
-    trainings: int = 3
 
 
 def tasks(resnet: Path | None) -> dict[str, Task]:
@@ -92,7 +90,6 @@ def tasks(resnet: Path | None) -> dict[str, Task]:
             "cifar10/cifar10_jpeg_train.parquet",
             "cifar10/cifar10_jpeg_test.parquet",
             train_rows=30_000,
-            trainings=2,
         )
     return found
 
@@ -106,7 +103,6 @@ def trained(task: Task, seed: int, work_dir: Path) -> ClassifierFiles:
     Raises:
         SystemExit: when data is missing; the message says where to get it.
     """
-    seed %= task.trainings
     home = work_dir / f"{task.plan.name}-{seed}"
     done = home / "classifier"
     if (done / CONFIG).is_file():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.eero import baselines, report
-from experiments.eero.run import Point, Result, fit_spending
+from experiments.eero.run import Point, Result, fit_plain
 from experiments.eero.speed import Speed
 from fathom.models.classifier_files import Answers
 
@@ -36,8 +36,8 @@ def test_policies_spend_their_budget_on_the_calibration_rows(budget: float, seed
     for policy in (baselines.one_threshold, baselines.msdnet):
         found = policy(rows, rows, COSTS, budget)
         assert found.realised == pytest.approx(budget, abs=0.006), policy.__name__
-    spending = fit_spending(rows, COSTS, budget)
-    assert spending.cost == pytest.approx(budget, abs=0.006)
+    plain = fit_plain(rows, COSTS, budget)
+    assert plain.cost == pytest.approx(budget, abs=0.006)
 
 
 @pytest.mark.parametrize(("budget", "head"), [(0.2, 0), (0.44, 1), (0.69, 2), (0.98, 3)])
@@ -62,7 +62,7 @@ def test_random_exits_are_their_own_expectation() -> None:
 def test_confidence_is_worth_more_than_chance() -> None:
     rows, test = answers(4000, 2), answers(4000, 3)
     sure = baselines.msdnet(rows, test, COSTS, 0.5)
-    shares = np.array(fit_spending(rows, COSTS, 0.5).shares)
+    shares = np.array(fit_plain(rows, COSTS, 0.5).shares)
     assert sure.accuracy > baselines.at_random(test, shares, COSTS).accuracy + 0.02
 
 
