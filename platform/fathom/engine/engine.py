@@ -8,22 +8,21 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 from fathom.config import EngineConfig
-from fathom.engine import sampling
-from fathom.engine.accept import judge
+from fathom.engine.acceptance import Acceptance
 from fathom.engine.costs import FlushRule, StageCosts
 from fathom.engine.deep import DeepLost, DeepStage, FlushResult
 from fathom.engine.drafting import DraftRule
 from fathom.engine.figures import figures, pressure
-from fathom.engine.flights import Answer, Flights, reads_logits
+from fathom.engine.flights import Answer, Flights
 from fathom.engine.info import EngineInfo
 from fathom.engine.output import confirm, take_output
 from fathom.engine.requests import check_request, new_sequences
 from fathom.engine.resume import resume
 from fathom.engine.scheduler import Scheduler, ShallowWork
-from fathom.engine.sequence import Decision, Sequence
+from fathom.engine.sequence import Sequence
 from fathom.engine.shallow import ShallowStage
 from fathom.engine.text import DetokenizerFactory
-from fathom.engine.trace import TraceListener, record_of
+from fathom.engine.trace import TraceListener
 from fathom.exits.live import LivePolicies
 from fathom.exits.load import Ladder, LadderPoints, LoadConfig, LoadShift
 from fathom.ledger import Ledger
@@ -79,7 +78,15 @@ class Engine:
         self._live: dict[str, list[Sequence]] = {}
         self._next_seq_id = 0
         self._outputs: list[RequestOutput] = []
-        self._listener: TraceListener | None = None
+        self._acceptance = Acceptance(
+            info=info,
+            ledger=ledger,
+            shallow=scheduler.shallow_cache,
+            deep=deep.cache,
+            policies=policies,
+            draft_rule=self._draft_rule,
+            column_of=shallow.head.column_of,
+        )
         self._load: LoadShift | None = None
 
     @classmethod
@@ -105,7 +112,7 @@ class Engine:
         Args:
             hidden: whether records hold the exit states.
         """
-        self._listener = listener
+        self._acceptance.listener = listener
         self._shallow.traced = listener is not None
         self._shallow.keeps_hidden = hidden
 
@@ -224,7 +231,7 @@ class Engine:
     def _draft(self, work: list[ShallowWork]) -> None:
         rule = self._draft_rule
         pause = rule is not None and rule.pause(len(self._scheduler.running))
-        pause = pause and self._listener is None  # a trace is of every row
+        pause = pause and self._acceptance.listener is None  # a trace is of every row
         decided = self._shallow.run(work, pause=pause)
         self._flush_rule.drafted(len(decided))
         for seq, logits in decided:
@@ -339,88 +346,17 @@ class Engine:
     # Accept
 
     def _accept(self, seq: Sequence, result: FlushResult) -> None:
-        """Apply the accept mode to the pending decisions of one sequence.
-
-        Args:
-            result: a row a decision, finite.
-        """
+        """Take in the answer to one sequence's decisions: a row each, finite."""
         if not seq.max_tokens:
             self._end_scored(seq)
             return
-        compute, params = seq.request.compute, seq.request.sampling
-        pending, seq.pending = seq.judged, []
-        seq.waiting = False
-        as_it_is = sampling.is_greedy(params) and sampling.is_plain(params)
-        rows = result.logits if reads_logits(seq) else [None] * len(pending)
-        for decision, row, choice, logprob in zip(
-            pending, rows, result.argmax, result.logprobs, strict=True
-        ):
-            scores, best = row, choice
-            if not as_it_is:
-                assert row is not None
-                scores = sampling.adjust(
-                    row,
-                    params,
-                    seq.request.prompt_token_ids,
-                    seq.tokens[seq.num_prompt : decision.position + 1],
-                    seq.stop_ids,
-                )
-                choice = int(scores.argmax())
-            verdict = judge(
-                decision,
-                scores,
-                choice,
-                draft_logprob=logprob,
-                compute=compute,
-                params=params,
-                seed=seq.seed,
-                epoch=seq.epoch,
-            )
-            if decision.best >= 0:
-                self._learn(seq, decision, agrees=decision.best == best)
-            if self._listener is not None and decision.notes is not None:
-                self._listener(record_of(seq, decision, choice, self._shallow.head.column_of))
-            drafted = decision.token is not None
-            if drafted and not decision.resumed:
-                self.ledger.enter_verdict(seq.compute, accepted=verdict.agreed)
-                if self._draft_rule is not None:
-                    self._draft_rule.judged(agreed=verdict.agreed)
-            if drafted and not verdict.kept:
-                self._cut(seq, decision.position + 1)
-            if not verdict.kept:
-                seq.tokens.append(verdict.token)
-                seq.epoch += 1
-            if compute.holds_drafts or not drafted:
-                depth = self.info.exit_depth if verdict.kept else self.info.num_layers
-                shifted = decision.shifted
-                confirm(seq, verdict.token, depth, row, self.ledger, shifted=shifted)
-            if (drafted and not verdict.kept) or (compute.holds_drafts and seq.finish_reason):
-                break
+        self._acceptance.take(seq, result)
         self._scheduler.publish(seq)
         self._fork_children(seq)
         if seq.finish_reason:
             self._retire(seq)
         else:
             self._report(seq)
-
-    def _learn(self, seq: Sequence, decision: Decision, *, agrees: bool) -> None:
-        """Tell the exit policies what the deep stage says of one row."""
-        compute = seq.request.compute
-        self.policies.observe(compute, decision.confidence, agrees)
-        seq.asked += 1
-        if not agrees and (decision.probe or decision.token is not None):
-            seq.wrong += 1 / compute.probes if compute.copies_states else 1
-
-    def _cut(self, seq: Sequence, length: int) -> None:
-        """Cut a sequence to its first ``length`` tokens, in both stages."""
-        del seq.tokens[length:]
-        seq.shallow_len = min(seq.shallow_len, length)
-        seq.deep_len = min(seq.deep_len, length)
-        seq.exit_len = min(seq.exit_len, length)
-        seq.states.cut(length)
-        self._scheduler.shallow_cache.truncate(seq.seq_id, seq.shallow_len)
-        self._deep.cache.truncate(seq.seq_id, seq.deep_len)
-        seq.decided = length
 
     def _fork_children(self, seq: Sequence) -> None:
         """Start the other completions of a request on the prompt blocks of the first."""
