@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -20,7 +21,9 @@ from deployments.replica import FusedReplica
 from deployments.router import ROUTER
 from deployments.shallow import ShallowReplica
 from fathom.api.auth import check_bind, digests_from_env
+from fathom.api.compute import resolve_default
 from fathom.config import Placement, PoolConfig, Router, ServeConfig, Topology, from_mapping
+from fathom.tuning.operating_points import OperatingPoints, load
 
 INGRESS, FUSED, SHALLOW, DEEP, CLASSIFIER = "Ingress", "Engine", "Shallow", "Deep", "Classifier"
 """Names of the deployments."""
@@ -41,13 +44,17 @@ def build(config: ServeConfig | Mapping[str, Any]) -> Application:
             form.
 
     Raises:
-        ConfigError: for settings that cannot be used, or a public address without a key.
+        ConfigError: for settings or operating points that cannot be used, or a public address
+            without a key.
     """
     config = _settings(config)
     digests = digests_from_env()
     check_bind(config.host, digests)
+    # Read here, once, and sent along: the file need not be on every node.
+    points = load(Path(config.operating_points)) if config.operating_points else None
+    config = _with_default(config, points)
     if config.topology is Topology.FUSED:
-        engines = _serving(FusedReplica, FUSED, config).bind(config)
+        engines = _serving(FusedReplica, FUSED, config).bind(config, points)
     elif config.placement is Placement.BESIDE:
         cores = (config.shallow.cpus, config.deep.cpus)
         engines = _serving(
@@ -56,10 +63,10 @@ def build(config: ServeConfig | Mapping[str, Any]) -> Application:
             config,
             placement_group_bundles=[{"CPU": cpus} for cpus in cores],
             placement_group_strategy="STRICT_PACK",
-        ).bind(config)
+        ).bind(config, None, points)
     else:
         deep = _deployment(DeepReplica, DEEP, config, config.deep, ByQueue)
-        engines = _serving(ShallowReplica, SHALLOW, config).bind(config, deep.bind(config))
+        engines = _serving(ShallowReplica, SHALLOW, config).bind(config, deep.bind(config), points)
     ingress = serve.deployment(
         name=INGRESS,
         num_replicas=config.num_ingress_replicas,
@@ -71,11 +78,11 @@ def build(config: ServeConfig | Mapping[str, Any]) -> Application:
         max_constructor_retry_count=1,
     )(serve.ingress()(Ingress))
     if not config.classifier:
-        return ingress.bind(engines, config, digests)
+        return ingress.bind(engines, config, digests, None, points)
     pool = PoolConfig(cpus=CLASSIFIER_CPUS)
     classifier = _deployment(ClassifierReplica, CLASSIFIER, config, pool, ByRequests)
     return ingress.bind(
-        engines, config, digests, classifier.bind(config.classifier, CLASSIFIER_CPUS)
+        engines, config, digests, classifier.bind(config.classifier, CLASSIFIER_CPUS), points
     )
 
 
@@ -104,6 +111,12 @@ def _settings(config: ServeConfig | Mapping[str, Any]) -> ServeConfig:
         config = from_mapping(ServeConfig, config)
     config.validate()
     return config
+
+
+def _with_default(config: ServeConfig, points: OperatingPoints | None) -> ServeConfig:
+    """The settings with the requests' default policy as an engine takes it."""
+    compute = resolve_default(config.engine.compute, points)
+    return dataclasses.replace(config, engine=dataclasses.replace(config.engine, compute=compute))
 
 
 def _deployment(

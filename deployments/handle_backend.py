@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 from ray.exceptions import (
     NodeDiedError,
@@ -17,9 +17,11 @@ from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableE
 from ray.serve.handle import DeploymentHandle
 
 from deployments.watch import caller_name
-from fathom.api.backend import BackendUnavailable, QueueFull, ReplicaReport
+from fathom.api.backend import BackendUnavailable, ExitState, QueueFull, ReplicaReport
 from fathom.api.resume import GIVE_UP_S, ReplicaLost, resuming
 from fathom.types import InvalidRequest, Request, RequestOutput
+
+Answer = TypeVar("Answer")
 
 REPORT_TIMEOUT_S = 5.0
 RETRY_AFTER_S = 2
@@ -120,10 +122,17 @@ class HandleBackend:
 
     async def reports(self) -> Sequence[ReplicaReport]:
         """See ``Backend.reports``: asks every replica, and leaves out those that do not answer."""
+        return await self._ask_all("report", ReplicaReport)
+
+    async def exit_states(self) -> Sequence[ExitState]:
+        """See ``Backend.exit_states``: asks every replica, as ``reports``."""
+        return await self._ask_all("exit_state", ExitState)
+
+    async def _ask_all(self, method: str, kind: type[Answer]) -> list[Answer]:
         try:
-            answers = await self._handle.broadcast("report").results_async(
+            answers = await self._handle.broadcast(method).results_async(
                 timeout_s=REPORT_TIMEOUT_S, return_exceptions=True
             )
         except (TimeoutError, RayActorError, DeploymentUnavailableError):
             return []
-        return [answer for answer in answers if isinstance(answer, ReplicaReport)]
+        return [answer for answer in answers if isinstance(answer, kind)]

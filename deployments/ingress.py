@@ -23,6 +23,7 @@ from fathom.api.service import Service
 from fathom.config import ServeConfig
 from fathom.models.resolve import resolve_model
 from fathom.models.tokenizer import load_tokenizer
+from fathom.tuning.operating_points import OperatingPoints
 
 
 class Ingress:
@@ -34,6 +35,7 @@ class Ingress:
         engine: handle of the replicas.
         key_digests: of the API keys; a key itself never reaches Ray.
         classifier: handle of its replicas, if one is served.
+        points: the operating points that requests can name, if there are any.
 
     Raises:
         ModelError: if the tokenizer cannot be loaded.
@@ -45,6 +47,7 @@ class Ingress:
         config: ServeConfig,
         key_digests: Sequence[bytes],
         classifier: DeploymentHandle | None = None,
+        points: OperatingPoints | None = None,
     ) -> None:
         self._siblings = None
         if config.num_ingress_replicas > 1:
@@ -60,7 +63,9 @@ class Ingress:
             backend=backend,
             tokenizer=load_tokenizer(resolve_model(config.engine.model)),
             model_name=config.model_name or config.engine.model,
-            defaults=Defaults(compute=config.engine.compute, timeout_s=config.request_timeout_s),
+            defaults=Defaults(
+                compute=config.engine.compute, timeout_s=config.request_timeout_s, points=points
+            ),
             journal=self._journal,
             keep_streams_s=config.keep_streams_s,
             isolate_tenants=config.isolate_tenants,

@@ -14,12 +14,14 @@ from contextlib import aclosing
 from ray import serve
 
 from deployments.autoscaling import REQUESTS
+from deployments.policies import PolicyExchange
 from deployments.shared import end_if_deleted, open_store
 from deployments.watch import CallerWatch
-from fathom.api.backend import ReplicaReport
+from fathom.api.backend import ExitState, ReplicaReport
 from fathom.api.local import LocalBackend
 from fathom.config import EngineConfig, PoolConfig, ServeConfig
 from fathom.engine.engine import Engine
+from fathom.tuning.operating_points import OperatingPoints
 from fathom.types import InvalidRequest, Request, RequestOutput
 
 
@@ -38,11 +40,23 @@ def engine_config(config: ServeConfig, pool: PoolConfig) -> EngineConfig:
 
 
 class Replica:
-    """Serves one engine. What kind of engine is for subclasses to say."""
+    """Serves one engine. What kind of engine is for subclasses to say.
 
-    def __init__(self, config: ServeConfig, engine: Engine) -> None:
+    Args:
+        points: the operating points of the server, if it has any.
+
+    Raises:
+        ConfigError: for points that were measured on something else than the engine runs.
+    """
+
+    def __init__(
+        self, config: ServeConfig, engine: Engine, points: OperatingPoints | None = None
+    ) -> None:
         from fathom.engine.async_engine import AsyncEngine
 
+        if points is not None:
+            points.check(engine.info)
+        engine.shift_under_load(config.load_aware, points.ladder() if points else ())
         self._engine = AsyncEngine(engine)
         self._callers = CallerWatch(self._engine.cancel)
         context = serve.get_replica_context()
@@ -52,6 +66,14 @@ class Replica:
             name=context.replica_id.unique_id,
             interval_s=config.stream_interval_s,
         )
+        self._exchange = None
+        if config.serving.most > 1:
+            self._exchange = PolicyExchange(
+                self._application,
+                context.replica_id.unique_id,
+                engine.info.exit_identity,
+                self._engine,
+            )
 
     async def generate(
         self, request: Request, caller: str = ""
@@ -77,6 +99,10 @@ class Replica:
         """
         return self._backend.report()
 
+    async def exit_state(self) -> ExitState:
+        """What the exit policies here have seen; see ``Backend.exit_states``."""
+        return await self._backend.exit_state()
+
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve: the requests here, running and waiting."""
         stats = self._engine.stats()
@@ -92,6 +118,9 @@ class Replica:
 
     async def __del__(self) -> None:
         # Serve calls this after it has let the requests under way finish.
+        exchange = getattr(self, "_exchange", None)
+        if exchange is not None:
+            exchange.close()
         engine = getattr(self, "_engine", None)
         if engine is not None:
             await engine.shutdown(0)
@@ -102,13 +131,14 @@ class FusedReplica(Replica):
     """Shallow and deep stage in one process. Undecorated: ``app.build`` makes it a deployment.
 
     Raises:
-        ConfigError, ModelError: if the engine cannot be built.
+        ConfigError, ModelError: if the engine cannot be built, or the operating points are another
+            one's.
     """
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, points: OperatingPoints | None = None) -> None:
         settings = engine_config(config, config.serving)
 
         from fathom.engine.build import build_engine
 
         store = open_store(config, serve.get_replica_context().app_name)
-        super().__init__(config, build_engine(settings, store=store))
+        super().__init__(config, build_engine(settings, store=store), points)

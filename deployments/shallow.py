@@ -22,6 +22,7 @@ from deployments.replica import Replica, engine_config
 from deployments.shared import client_tls, credentials_of, open_store
 from fathom.api.backend import ReplicaReport
 from fathom.config import Placement, ServeConfig
+from fathom.tuning.operating_points import OperatingPoints
 
 logger = logging.getLogger("ray.serve")
 
@@ -43,11 +44,17 @@ class ShallowReplica(Replica):
         deep: handle of the deep replicas; None where each shallow replica has one beside it.
 
     Raises:
-        ConfigError, ModelError: if the shallow stage cannot be built.
+        ConfigError, ModelError: if the shallow stage cannot be built, or the operating points are
+            another model's.
         DeepLost: if no deep replica takes this one in ``startup_timeout_s``, with the reasons.
     """
 
-    def __init__(self, config: ServeConfig, deep: DeploymentHandle | None = None) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        deep: DeploymentHandle | None = None,
+        points: OperatingPoints | None = None,
+    ) -> None:
         settings = engine_config(config, config.shallow)
 
         from fathom.dataplane.client import RemoteDeepStage
@@ -80,7 +87,7 @@ class ShallowReplica(Replica):
         assert isinstance(engine.deep, RemoteDeepStage)
         self._deep = engine.deep
         self._balance = Balance()
-        super().__init__(config, engine)
+        super().__init__(config, engine, points)
 
     def report(self) -> ReplicaReport:
         """This replica's figures, its end of the data plane included.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from fathom.exits.load import LoadConfig
 from fathom.pools import (
     DataPlaneConfig,
     DeepConfig,
@@ -33,6 +34,7 @@ __all__ = [
     "DeepConfig",
     "EngineConfig",
     "KVStoreConfig",
+    "LoadConfig",
     "Placement",
     "PoolConfig",
     "Router",
@@ -137,6 +139,11 @@ class ServeConfig:
         model_name: the name clients ask for; empty takes ``engine.model``.
         classifier: folder of a classifier to serve beside it under ``/v1/classify``; empty for
             none. Its replicas must see it under this path.
+        operating_points: file of operating points (``fathom calibrate fit``) that requests, and
+            ``engine.compute``, can name; empty for none. It is read where the application is
+            built, and replicas start only if it was measured on what they run.
+        load_aware: under pressure, replicas take cheaper settings where requests allow it; off
+            unless ``enabled``.
         host, port: where HTTP binds. Without an API key only loopback addresses are allowed.
         num_ingress_replicas: processes that speak HTTP's side. Figures of requests in ``/metrics``
             are then one series each.
@@ -172,6 +179,8 @@ class ServeConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     model_name: str = ""
     classifier: str = ""
+    operating_points: str = ""
+    load_aware: LoadConfig = field(default_factory=LoadConfig)
     host: str = "127.0.0.1"
     port: int = 8000
     num_ingress_replicas: int = 1
@@ -253,6 +262,7 @@ class ServeConfig:
         self.kv_store.validate("kv_store.")
         self.data_plane.validate("data_plane.")
         self.routing.validate()
+        self.load_aware.validate("load_aware.")
         if self.placement is Placement.BESIDE and self.deep.max_replicas:
             raise ConfigError(
                 "deep.max_replicas must be 0 with placement: beside, where every shallow replica "

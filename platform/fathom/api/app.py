@@ -19,6 +19,7 @@ from fathom.api.backend import BackendUnavailable
 from fathom.api.caller import Caller, RequestIdMiddleware, caller_of
 from fathom.api.classify import ClassifierBackend, add_classify_route, classifier_card
 from fathom.api.errors import install_error_handlers, model_not_found
+from fathom.api.exits import add_exit_routes
 from fathom.api.limits import BodyLimitMiddleware
 from fathom.api.schemas import ChatCompletionRequest, CompletionRequest
 from fathom.api.service import Answer, Service
@@ -63,6 +64,7 @@ def create_app(
     if classifier is not None:
         add_classify_route(app, classifier)
     _add_model_routes(app, service, classifier)
+    add_exit_routes(app, service)
     _add_operator_routes(app, service, all_metrics)
     return app
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from fathom.types import Request, RequestOutput
 
@@ -62,6 +62,20 @@ class ReplicaReport:
     stats: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExitState:
+    """What one replica's exit policies have seen.
+
+    Attributes:
+        replica: its name, as in its report.
+        state: ``LivePolicies.snapshot``, with ``group``, equal where confidences mean the same
+            (see ``exits.cluster``), and ``load_level``.
+    """
+
+    replica: str
+    state: Mapping[str, Any]
+
+
 class Backend(Protocol):
     """Runs requests somewhere."""
 
@@ -79,4 +93,8 @@ class Backend(Protocol):
 
     async def reports(self) -> Sequence[ReplicaReport]:
         """The reports of all replicas that answer; empty when none does."""
+        ...
+
+    async def exit_states(self) -> Sequence[ExitState]:
+        """What the exit policies of all replicas that answer have seen."""
         ...

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from typing import Any, Protocol
 
-from fathom.api.backend import BackendUnavailable, ModelInfo, ReplicaReport
+from fathom.api.backend import BackendUnavailable, ExitState, ModelInfo, ReplicaReport
 from fathom.api.coalesce import coalesce
 from fathom.types import InvalidRequest, Request, RequestOutput
 
@@ -25,6 +25,8 @@ class Engine(Protocol):
     def stats(self) -> Mapping[str, float]: ...
 
     def check_health(self) -> None: ...
+
+    async def policies(self) -> Mapping[str, Any]: ...
 
 
 class LocalBackend:
@@ -87,6 +89,31 @@ class LocalBackend:
             ),
             stats=dict(self._engine.stats()),
         )
+
+    async def exit_state(self) -> ExitState:
+        """What the engine's exit policies have seen.
+
+        Raises:
+            BackendUnavailable: if the engine has died.
+        """
+        report = self.report()
+        try:
+            seen = await self._engine.policies()
+        except RuntimeError as cause:
+            raise BackendUnavailable(f"The engine has stopped: {cause}") from cause
+        state = {
+            "group": self._engine.info.exit_identity,
+            "load_level": report.stats.get("load_level", 0),
+            **seen,
+        }
+        return ExitState(replica=self._name, state=state)
+
+    async def exit_states(self) -> list[ExitState]:
+        """See ``Backend.exit_states``."""
+        try:
+            return [await self.exit_state()]
+        except BackendUnavailable:
+            return []
 
     async def reports(self) -> list[ReplicaReport]:
         """See ``Backend.reports``."""

@@ -13,7 +13,13 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fathom.api import convert
-from fathom.api.backend import Backend, BackendUnavailable, ModelInfo, ReplicaReport
+from fathom.api.backend import (
+    Backend,
+    BackendUnavailable,
+    ExitState,
+    ModelInfo,
+    ReplicaReport,
+)
 from fathom.api.caller import LAST_EVENT_ID, Caller
 from fathom.api.errors import deadline_exceeded, model_not_found
 from fathom.api.journal import Journal
@@ -25,6 +31,7 @@ from fathom.api.schemas import ChatCompletionRequest, CompletionRequest, Generat
 from fathom.api.streams import Streams, body_digest
 from fathom.api.usage import usage_body
 from fathom.observability.metrics import RequestTimer, ServerMetrics
+from fathom.tuning.operating_points import OperatingPoints
 from fathom.types import InvalidRequest, Request
 
 Answer = dict[str, Any] | AsyncGenerator[str, None]
@@ -70,6 +77,15 @@ class Service:
         if reports:  # replicas come and go: what is known of the model is what they say now
             self._info = min((r.info for r in reports), key=lambda info: info.max_model_len)
         return reports
+
+    @property
+    def points(self) -> OperatingPoints | None:
+        """The operating points that requests can name, if there are any."""
+        return self._defaults.points
+
+    async def exit_states(self) -> Sequence[ExitState]:
+        """What the exit policies of all replicas that answer have seen."""
+        return await self._backend.exit_states()
 
     async def info(self) -> ModelInfo:
         """What is known of the model.

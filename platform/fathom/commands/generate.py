@@ -18,10 +18,10 @@ from fathom.commands.options import (
     add_compute_options,
     add_engine_options,
     add_sampling_options,
-    compute_policy,
     engine_values,
     sampling_params,
 )
+from fathom.commands.points import add_point_options, compute_at, points_of
 from fathom.commands.prompts import Prompt, check_lengths, encode_prompt, read_prompts
 from fathom.commands.records import Completion, ResultsFile
 from fathom.commands.tracing import add_trace_option, check_trace, traced
@@ -30,6 +30,7 @@ from fathom.types import FinishReason, Request
 
 if TYPE_CHECKING:
     from fathom.engine.engine import Engine
+    from fathom.tuning.operating_points import OperatingPoints
 
 _EXAMPLES = """\
   fathom generate "Why is the sky blue?"
@@ -37,6 +38,7 @@ _EXAMPLES = """\
   echo "The capital of France is" | fathom generate --raw --new-tokens 8
   fathom generate --prompts prompts.jsonl --json answers.jsonl --mode exact
   fathom generate --prompts prompts.jsonl --json answers.jsonl --resume
+  fathom generate --operating-points points.yaml --operating-point balanced "Why is the sky blue?"
 
 a line of prompts.jsonl is {"prompt": "raw text"} or
 {"messages": [{"role": "user", "content": "..."}]}, which goes through the chat template.
@@ -65,26 +67,28 @@ def add_parser(commands: Any) -> None:
     add_trace_option(parser)
     add_sampling_options(parser)
     add_compute_options(parser)
+    add_point_options(parser)
     add_engine_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked without the model, then generate."""
-    config = EngineConfig(compute=compute_policy(args), **engine_values(args))
+    points = points_of(args)
+    config = EngineConfig(compute=compute_at(args, points), **engine_values(args))
     config.validate()
     sampling_params(args)
     check_trace(args)
     if args.prompts is None:
         if args.json is not None or args.resume:
             raise UsageError("--json and --resume belong to --prompts FILE.")
-        return _stream(args, config, _read_prompt(args))
+        return _stream(args, config, points, _read_prompt(args))
     if args.prompt is not None or args.raw:
         raise UsageError("give a prompt or --prompts FILE, not both (--raw is for a prompt).")
     if args.resume and args.json is None:
         raise UsageError("--resume needs --json OUT, the file to go on with.")
     if args.json is not None and args.json.resolve() == args.prompts.resolve():
         raise UsageError("--json would overwrite the prompts; name another file.")
-    return _batch(args, config, read_prompts(args.prompts))
+    return _batch(args, config, points, read_prompts(args.prompts))
 
 
 def _read_prompt(args: argparse.Namespace) -> str:
@@ -99,7 +103,8 @@ def _read_prompt(args: argparse.Namespace) -> str:
     return text
 
 
-def _load_engine(config: EngineConfig, console: Any) -> Engine:
+def _load_engine(config: EngineConfig, points: OperatingPoints | None, console: Any) -> Engine:
+    """Raises: ConfigError: if the points were measured on something else."""
     from fathom.models.resolve import resolve_model
 
     resolve_model(config.model)  # a model that is not to be had is told of before torch is loaded
@@ -107,17 +112,22 @@ def _load_engine(config: EngineConfig, console: Any) -> Engine:
     with console.status("loading the model", refresh_per_second=2):
         from fathom.engine.engine import Engine
 
-        return Engine.from_config(config)
+        engine = Engine.from_config(config)
+    if points is not None:
+        points.check(engine.info)
+    return engine
 
 
-def _stream(args: argparse.Namespace, config: EngineConfig, text: str) -> int:
+def _stream(
+    args: argparse.Namespace, config: EngineConfig, points: OperatingPoints | None, text: str
+) -> int:
     from rich.console import Console
 
     from fathom.commands.terminal import DepthPrinter, summary
     from fathom.models.tokenizer import IncrementalDetokenizer
 
     notes = Console(stderr=True)
-    engine = _load_engine(config, notes)
+    engine = _load_engine(config, points, notes)
     tokenizer: Any = engine.tokenizer
     chat = not args.raw and tokenizer is not None and bool(tokenizer.hf.chat_template)
     messages = ({"role": "user", "content": text},) if chat else None
@@ -165,7 +175,12 @@ def _stream(args: argparse.Namespace, config: EngineConfig, text: str) -> int:
     return 0
 
 
-def _batch(args: argparse.Namespace, config: EngineConfig, prompts: Sequence[Prompt]) -> int:
+def _batch(
+    args: argparse.Namespace,
+    config: EngineConfig,
+    points: OperatingPoints | None,
+    prompts: Sequence[Prompt],
+) -> int:
     results: ResultsFile | None = None
     if args.json is not None:
         job = _job(args, config, prompts)
@@ -181,7 +196,7 @@ def _batch(args: argparse.Namespace, config: EngineConfig, prompts: Sequence[Pro
 
     notes = Console(stderr=True)
     done = results.done if results else {}
-    engine = _load_engine(config, notes)
+    engine = _load_engine(config, points, notes)
     encoded = [encode_prompt(engine.tokenizer, prompt) for prompt in prompts]
     check_lengths(
         prompts, encoded, new_tokens=args.new_tokens, max_model_len=engine.info.max_model_len

@@ -17,7 +17,8 @@ from fathom.commands.options import (
     compute_values,
     engine_values,
 )
-from fathom.config import ConfigError, ServeConfig, Topology, from_mapping
+from fathom.commands.points import add_point_options
+from fathom.config import ConfigError, LoadConfig, ServeConfig, Topology, from_mapping
 from fathom.settings import read_yaml
 
 BUILDER = "deployments.app:build"
@@ -29,6 +30,7 @@ _EXAMPLES = """\
   FATHOM_API_KEY=secret fathom serve --host 0.0.0.0 --replicas 4 --threads 8
   fathom serve --config deployments/disaggregated.yaml    a Ray Serve config file's application
   fathom serve --shallow-replicas 2 --deep-replicas 1     the two stages in processes of their own
+  fathom serve --operating-points points.yaml --operating-point balanced    measured settings
 
 With RAY_ADDRESS set, the server runs on that cluster; otherwise on this machine.
 --mode, --exit-threshold and the other depth options are what requests get that do not say.
@@ -56,6 +58,12 @@ def add_parser(commands: Any) -> None:
         metavar="DIR",
         help="a classifier of `fathom train multi-exit`, served beside the model at /v1/classify",
     )
+    server.add_argument(
+        "--load-aware",
+        dest="shift_under_load",  # a request's compute has a field of the other name
+        action="store_true",
+        help="take cheaper settings under pressure, where requests allow it",
+    )
     server.add_argument("--replicas", type=int, metavar="N", help="fused replicas (default: 1)")
     server.add_argument(
         "--threads", type=int, metavar="N", help="CPU cores and threads of a replica (default: 1)"
@@ -68,6 +76,7 @@ def add_parser(commands: Any) -> None:
     server.add_argument("--shallow-replicas", type=int, metavar="N", help="disaggregated ones")
     server.add_argument("--deep-replicas", type=int, metavar="N", help="disaggregated ones")
     add_compute_options(parser)
+    add_point_options(parser)
     add_engine_options(parser, threads=False)
 
 
@@ -95,6 +104,8 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
             port=args.port,
             model_name=args.model_name,
             classifier=args.classifier and str(Path(args.classifier).absolute()),
+            operating_points=args.operating_points and str(Path(args.operating_points).absolute()),
+            load_aware=_load_aware(args, config),
             topology=_topology(args, config),
             num_replicas=args.replicas,
             cpus_per_replica=args.threads,
@@ -146,6 +157,10 @@ def _topology(args: argparse.Namespace, config: ServeConfig) -> Topology | None:
             f"--shallow-replicas and --deep-replicas, got --replicas {args.replicas}."
         )
     return topology
+
+
+def _load_aware(args: argparse.Namespace, config: ServeConfig) -> LoadConfig | None:
+    return dataclasses.replace(config.load_aware, enabled=True) if args.shift_under_load else None
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -32,3 +32,15 @@ class EngineInfo:
     weights_digest: str
     num_blocks: int
     block_size: int
+
+    @property
+    def exit_identity(self) -> str:
+        """Equal for engines whose confidences mean the same: equal weights, equal exit."""
+        parts = (
+            self.weights_digest,
+            self.adapter_digest,
+            self.exit_layer,
+            self.exit_vocab,
+            self.dtype,
+        )
+        return " ".join(map(str, parts))

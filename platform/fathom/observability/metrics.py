@@ -38,6 +38,7 @@ _COUNTERS = frozenset(
         "prefix_cache_queries",
         "kv_store_hits",
         "deep_reopens",
+        "load_shifted_tokens",
         "policy_samples",
         "probes",
     }
@@ -65,13 +66,17 @@ _HELP = {
     "flush_seconds": "Seconds from a flush to its answer, mean of the latest.",
     "flush_queue_seconds": "Seconds that a flush waits for its deep pass, mean of the latest.",
     "deep_pass_seconds": "Seconds of a deep pass, mean of the latest.",
-    "exit_threshold": "Confidence above which a token exits, where it follows what is seen.",
+    "exit_threshold": "Confidence above which a token exits, by policy and measure.",
     "policy_samples": "Drafts that exit policies have seen, by what the deep stage said of them.",
     "mixture_alpha": "Parameter alpha of a component of the confidences' beta mixture.",
     "mixture_beta": "Parameter beta of a component of the confidences' beta mixture.",
     "mixture_weight": "Share of drafts in a component of the confidences' beta mixture.",
     "probes": "Exits that went to the deep stage all the same, for policies to learn from.",
     "risk_alert": "1 where drafts disagree more than policy risk has promised, else 0.",
+    "risk_evidence": "Evidence against a promise of policy risk; 20 and more raise the alert.",
+    "risk_observed": "Share of tokens that differ from the full model's, of the latest requests.",
+    "load_level": "How many times cheaper than asked for requests may be decided, by load.",
+    "load_shifted_tokens": "Output tokens decided at a cheaper setting than asked for.",
 }
 
 

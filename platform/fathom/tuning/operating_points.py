@@ -157,6 +157,14 @@ class OperatingPoints:
         name = EFFORTS[effort]
         return self.resolve(name) if name in self.points else None
 
+    def ladder(self) -> list[tuple[ComputePolicy, float]]:
+        """Points that were measured, with the share of full compute that each spends."""
+        return [
+            (self.resolve(name), point.measured["budget"])
+            for name, point in self.points.items()
+            if "budget" in point.measured and point.compute.policy is not PolicyName.RISK
+        ]
+
     def certify(self, delta: float, epsilon: float) -> Certificate:
         """The lowest threshold that the calibration table certifies.
 

@@ -68,3 +68,19 @@ def test_pools_in_options_mean_the_disaggregated_topology() -> None:
 def test_options_that_contradict_each_other(options: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         config_of(*options.split())
+
+
+def test_operating_points_and_load(tmp_path: Path) -> None:
+    config = config_of("--operating-points", "points.yaml", "--operating-point", "fast")
+    assert config.operating_points == str(Path("points.yaml").absolute())
+    assert config.engine.compute.operating_point == "fast"
+    assert not config.load_aware.enabled
+    assert config_of("--load-aware").load_aware.enabled
+    path = tmp_path / "own.yaml"
+    path.write_text("load_aware: {waiting: 9}\nengine: {compute: {load_aware: false}}\n")
+    config = config_of("--config", str(path), "--load-aware")
+    assert (config.load_aware.enabled, config.load_aware.waiting) == (True, 9)
+    assert not config.engine.compute.load_aware
+    path.write_text("load_aware: {relax: 2}")
+    with pytest.raises(ConfigError, match=r"load_aware.relax must be at most 1, got 2"):
+        config_of("--config", str(path))
