@@ -12,7 +12,18 @@ import sys
 from collections.abc import Sequence
 
 from fathom import __version__
-from fathom.commands import bench, calibrate, chaos, doctor, evaluate, generate, pull, serve, train
+from fathom.commands import (
+    bench,
+    calibrate,
+    chaos,
+    doctor,
+    evaluate,
+    exits,
+    generate,
+    pull,
+    serve,
+    train,
+)
 from fathom.commands.options import HelpFormatter, UsageError
 from fathom.config import ConfigError
 from fathom.types import InvalidRequest
@@ -31,6 +42,7 @@ examples:
   fathom chaos --requests 200 --seed 1           kill its processes under load, lose nothing
   fathom train exits --help                      train exits that are worth taking
   fathom calibrate fit t.parquet --out p.yaml    operating points from a trace
+  fathom exits show                              what a server's exit policies have seen
   fathom eval --tasks gsm8k --modes full,free    quality and speed beside the full model
   fathom doctor                                  what is here, what is missing
 
@@ -48,7 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fathom {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (serve, generate, pull, bench, chaos, train, calibrate, evaluate, doctor):
+    for module in (
+        serve, generate, pull, bench, chaos, train, calibrate, exits, evaluate, doctor
+    ):  # fmt: skip
         module.add_parser(commands)
     return parser
 

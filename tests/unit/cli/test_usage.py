@@ -21,6 +21,7 @@ COMMANDS = [
     "train exits",
     "train probe",
     "calibrate",
+    "exits show",
     "eval",
     "doctor",
 ]
