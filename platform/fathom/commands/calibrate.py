@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +126,11 @@ def read(path: Path) -> TraceRows:
 def _report(args: argparse.Namespace) -> int:
     check_output(args.json)
     check_output(args.out)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError(
+            "the diagrams are drawn with matplotlib, which is not installed: "
+            "python -m pip install 'fathom-serve[train]'."
+        )
     rows = read(args.trace)
     from rich.console import Console
 

@@ -16,7 +16,7 @@ from fathom.engine.costs import StageCosts
 from fathom.engine.random import Draw, uniform
 from fathom.exits.live import LivePolicies
 from fathom.exits.policy import exits
-from fathom.tuning.rows import Bools, Floats, Source
+from fathom.tuning.rows import Measure, Source, TraceRows
 
 _ROWS = 4096
 _REPEATS = 5
@@ -34,12 +34,14 @@ class Overhead:
     """Microseconds a token, on this machine now, beside measured decode steps.
 
     Attributes:
+        confidence: the measure that the policies use.
         policy_us: threshold, decision, probe draw and what is noted of the row, by policy.
         confidence_us: of one row of exit logits, by measure; ``saturation`` of two states too.
         draft_step_ms: one row through the shallow stage and its head: the cheapest decode step.
         full_step_ms: one row through the whole model.
     """
 
+    confidence: str
     policy_us: dict[str, float]
     confidence_us: dict[str, float]
     draft_step_ms: float
@@ -47,24 +49,29 @@ class Overhead:
 
     @property
     def percent(self) -> dict[str, float]:
-        """Of a draft step, by policy, the default measure's cost included."""
-        gap = self.confidence_us[Confidence.SOFTMAX_GAP]
+        """Of a draft step, by policy, with what the measure costs."""
+        asked = self.confidence_us[self.confidence]
         return {
-            name: 100 * (us + gap) / 1e3 / self.draft_step_ms for name, us in self.policy_us.items()
+            name: 100 * (us + asked) / 1e3 / self.draft_step_ms
+            for name, us in self.policy_us.items()
         }
 
 
 def measure_overhead(
-    source: Source, costs: StageCosts, confidence: Floats, agrees: Bools, *, hidden_size: int = 576
+    rows: TraceRows, measure: Measure, costs: StageCosts, *, hidden_size: int = 576
 ) -> Overhead:
     """Time the engine's own policy code over rows of a trace, one at a time.
 
     Args:
-        costs: measured seconds of the stages. confidence, agrees: [n] of rows to decide.
+        rows: to decide, the first few thousand. costs: measured seconds of the stages.
+        hidden_size: of states made up for ``saturation``.
     """
-    rows = [(float(c), bool(y)) for c, y in zip(confidence[:_ROWS], agrees[:_ROWS], strict=True)]
+    source = rows.source
+    decided = list(
+        zip(measure.of(rows)[:_ROWS].tolist(), rows.agrees[:_ROWS].tolist(), strict=True)
+    )
     policy_us = {
-        name.value: _us(partial(_decide, source, compute, rows)) / len(rows)
+        name.value: _us(partial(_decide, source, compute, decided)) / len(decided)
         for name, compute in POLICIES.items()
     }
     dtype = getattr(torch, source.dtype)
@@ -73,17 +80,18 @@ def measure_overhead(
     states = torch.randn(2, 1, hidden_size, generator=random)
     row = ExitRows(logits.to(dtype), states[0].to(dtype), states[1].to(dtype))
     confidence_us = {}
-    for measure in Confidence:
-        if measure is Confidence.META:
+    for each in Confidence:
+        if each is Confidence.META:
             continue  # a classifier of its own; the ledger has its multiply-adds
-        compute = [ComputePolicy(confidence=measure)]
+        compute = [ComputePolicy(confidence=each)]
 
         def ask(compute: list[ComputePolicy] = compute) -> None:
             for _ in range(200):
                 confidences(compute, row)
 
-        confidence_us[measure.value] = _us(ask) / 200
+        confidence_us[each.value] = _us(ask) / 200
     return Overhead(
+        confidence=measure.confidence.value,
         policy_us=policy_us,
         confidence_us=confidence_us,
         draft_step_ms=costs.shallow(1) * 1e3,
@@ -104,11 +112,11 @@ def _decide(source: Source, compute: ComputePolicy, rows: list[tuple[float, bool
 
 
 def _us(run: Callable[[], None]) -> float:
-    """Microseconds of CPU time, the median of a few runs after one to warm up."""
+    """Microseconds by the clock that steps are timed by, the median of runs after a warm-up."""
     run()
     seconds = []
     for _ in range(_REPEATS):
-        start = time.thread_time()
+        start = time.perf_counter()
         run()
-        seconds.append(time.thread_time() - start)
+        seconds.append(time.perf_counter() - start)
     return statistics.median(seconds) * 1e6

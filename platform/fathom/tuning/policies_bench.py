@@ -63,7 +63,7 @@ def bench(
             ],
         }  # fmt: skip
     progress("overhead")
-    overhead = measure_overhead(rows.source, costs, measure.of(rows), rows.agrees)
+    overhead = measure_overhead(rows, measure, costs)
     report["overhead"] = {**dataclasses.asdict(overhead), "percent": overhead.percent}
     report["overhead_percent"] = max(overhead.percent.values())
     return report
