@@ -19,7 +19,6 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import RayError
 
-from fathom.engine.async_engine import EngineDead
 from fathom.exits.cluster import SILENT_S, Board
 from fathom.kvstore.ray_store import NAMESPACE
 
@@ -109,6 +108,9 @@ class PolicyExchange:
         self._ended.set()
 
     def _loop(self) -> None:
+        # Not at the top: it loads torch, which the actor's process has no use for.
+        from fathom.engine.async_engine import EngineDead
+
         actor: Any = None
         heard: float | None = None  # when others last told anything that holds still
         while not self._ended.wait(self._period_s):

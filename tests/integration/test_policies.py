@@ -1,0 +1,195 @@
+"""Exit policies of several replicas, shared by a real actor."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from ray import serve
+
+from deployments.policies import PolicyExchange, _find, stop_policies
+from fathom.engine.build import build_engine
+from fathom.exits.live import LivePolicies
+from fathom.types import AcceptMode, ComputePolicy, PolicyName
+from tests.integration.apart import engine_settings, save_model
+from tests.points import points_of
+from tests.ray_fixtures import TestServer
+from tests.tiny_models import tiny_model
+
+__all__ = ["tiny_model"]
+
+ADAPTIVE = ComputePolicy(mode=AcceptMode.FREE, policy=PolicyName.ADAPTIVE)
+BUDGET = ComputePolicy(mode=AcceptMode.FREE, policy=PolicyName.BUDGET, budget=0.6)
+APPLICATION = "policies-test"
+
+
+class Seen:
+    """The policies of an engine that makes no tokens; as an engine's thread, one at a time."""
+
+    def __init__(self) -> None:
+        self._policies = LivePolicies(0.4)
+        self._lock = threading.Lock()
+
+    def see(self, rows: int, alpha: float, beta: float, agreed: float, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        with self._lock:
+            for _ in range(rows):
+                confidence, agrees = float(rng.beta(alpha, beta)), bool(rng.random() < agreed)
+                self._policies.observe(ADAPTIVE, confidence, agrees)
+
+    def threshold(self, compute: ComputePolicy) -> float | None:
+        with self._lock:
+            return self._policies.threshold_for(compute, 0, 0)
+
+    async def policies(self) -> dict[str, Any]:
+        with self._lock:
+            return self._policies.snapshot()
+
+    async def merge_policies(self, others: Sequence[Mapping[str, Any]]) -> None:
+        with self._lock:
+            self._policies.merge(others)
+
+
+@pytest.fixture
+def pair(server: TestServer) -> Iterator[tuple[Seen, Seen]]:
+    """Two engines that share; one is told of easy rows, the other of hard ones."""
+    stop_policies(APPLICATION)
+    one, other = Seen(), Seen()
+    exchanges = [
+        PolicyExchange(APPLICATION, name, "model", engine, period_s=0.1, silent_s=1.0)
+        for name, engine in (("one", one), ("other", other))
+    ]
+    yield one, other
+    for each in exchanges:
+        each.close()
+    stop_policies(APPLICATION)
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def agree(one: Seen, other: Seen) -> bool:
+    found = [each.threshold(BUDGET) for each in (one, other)]
+    return None not in found and found[0] == pytest.approx(found[1], abs=1e-6)
+
+
+def test_two_that_see_different_halves_agree_with_one_that_sees_both(
+    pair: tuple[Seen, Seen],
+) -> None:
+    one, other = pair
+    one.see(400, 9, 1.2, 0.95, seed=1)
+    other.see(400, 1.5, 3, 0.3, seed=2)
+    alone = one.threshold(BUDGET)
+    wait_until(lambda: agree(*pair))
+    both = Seen()
+    for seed in range(20):  # the same rows in turns
+        both.see(40, 9, 1.2, 0.95, seed=seed)
+        both.see(40, 1.5, 3, 0.3, seed=100 + seed)
+    whole, shared = both.threshold(BUDGET), one.threshold(BUDGET)
+    assert whole is not None
+    assert shared is not None
+    assert alone is not None
+    assert abs(alone - shared) > 0.1
+    assert shared == pytest.approx(whole, abs=0.1)
+    assert one.threshold(ADAPTIVE) == other.threshold(ADAPTIVE)
+    adaptive = one.threshold(ADAPTIVE), both.threshold(ADAPTIVE)
+    assert adaptive[0] == pytest.approx(adaptive[1], abs=0.6 / 9 + 1e-9)
+
+
+def test_a_lost_actor_is_replaced_and_nobody_waits_for_it(pair: tuple[Seen, Seen]) -> None:
+    one, other = pair
+    one.see(400, 9, 1.2, 0.95, seed=1)
+    other.see(400, 1.5, 3, 0.3, seed=2)
+    wait_until(lambda: agree(*pair))
+    ray.kill(_find(APPLICATION), no_restart=False)  # Ray starts it anew
+    one.see(400, 3, 3, 0.5, seed=3)
+    wait_until(lambda: agree(*pair))
+    stop_policies(APPLICATION)  # it is gone for good: another one takes its place
+    other.see(400, 3, 3, 0.5, seed=4)
+    wait_until(lambda: agree(*pair))
+    assert ray.get(_find(APPLICATION).replicas.remote()) == 2
+
+
+def test_replicas_of_an_application_share(
+    server: TestServer, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Two replicas of one model; requests of one session go to one of them alone."""
+    from deployments.app import build
+
+    model = save_model(tmp_path / "model", tiny_model)
+    application = build(
+        {
+            "engine": {
+                "model": str(model), "dtype": "float32", "kv_cache_bytes": 8 << 20,
+                "adapter": "none",
+            },
+            "num_replicas": 2,
+            "cpus_per_replica": 0.5,
+            "drain_s": 1,
+        }
+    )  # fmt: skip
+    serve.run(application, name="sharing", route_prefix="/sharing")
+    try:
+        with TestServer(url=f"{server.url}/sharing", model=str(model)).http() as http:
+            body = {
+                "model": str(model), "prompt": "abc", "max_tokens": 100, "ignore_eos": True,
+                "compute": {"mode": "free", "policy": "adaptive"},
+            }  # fmt: skip
+            for _ in range(3):
+                answer = http.post("/v1/completions", json=body, headers={"X-Session-Id": "s"})
+                assert answer.status_code == 200, answer.text
+
+            def states() -> list[dict[str, Any]]:
+                return list(http.get("/v1/exits").raise_for_status().json()["replicas"])
+
+            assert len(states()) == 2
+            assert sum(bool(each["measures"]) for each in states()) >= 1
+            # Both know the measure, also the one that has run nothing.
+            wait_until(lambda: all(each["measures"] for each in states()))
+            found = http.get("/v1/exits").json()
+            rows = [sum(s["measures"]["softmax_gap"]["rows"].values()) for s in found["replicas"]]
+            assert sum(found["merged"]["measures"]["softmax_gap"]["rows"].values()) == sum(rows)
+            assert sum(rows) >= 250
+            assert found["merged"]["engines"] == 2
+    finally:
+        serve.delete("sharing")
+
+
+def test_points_of_another_model_do_not_start(
+    server: TestServer, tiny_model: Path, tmp_path: Path
+) -> None:
+    from deployments.app import build
+
+    model = save_model(tmp_path / "model", tiny_model)
+    settings = engine_settings(model)
+    other = points_of(build_engine(settings).info)
+    path = tmp_path / "points.yaml"
+    points_of().save(path)
+    application = build(
+        {
+            "engine": {
+                "model": str(model), "dtype": "float32", "kv_cache_bytes": 8 << 20,
+                "adapter": "none",
+            },
+            "operating_points": str(path),
+            "cpus_per_replica": 0.5,
+        }
+    )  # fmt: skip
+    with pytest.raises(RuntimeError):
+        serve.run(application, name="wrong", route_prefix="/wrong")
+    status = serve.status().applications["wrong"]
+    words = " ".join(each.message for each in status.deployments.values())
+    assert "measured on another model" in words
+    assert f"weights_digest {points_of().identity.weights_digest}" in words
+    assert other.identity.weights_digest in words
+    serve.delete("wrong")
