@@ -208,8 +208,8 @@ def _fit(args: argparse.Namespace) -> int:
     console.width = max(console.width, 110)
     for table in _fit_tables(fitted):
         console.print(table)
-    for delta, why in fitted.refused.items():
-        console.print(f"risk {delta:g}: {why}", highlight=False, soft_wrap=True)
+    for why in fitted.refused.values():
+        console.print(why, highlight=False, soft_wrap=True)
     console.print(str(args.out), highlight=False)
     return 0
 
