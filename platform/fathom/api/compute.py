@@ -182,8 +182,13 @@ def _laid_over(given: Mapping[str, Any], base: ComputePolicy) -> ComputePolicy:
             fields.setdefault(name, None)
     if _OF_A_POINT & set(given):
         fields["operating_point"] = ""
-    if "risk_confidence" in given and fields["policy"] == PolicyName.RISK:
-        fields["exit_threshold"] = None
+    # A threshold that was found for another promise, or is of another measure, is none.
+    recalibrated = {
+        PolicyName.RISK: {"risk_confidence"},
+        PolicyName.BUDGET: {"confidence", "exit_temperature"},
+    }.get(PolicyName(base.policy), set())
+    if fields["policy"] == base.policy and recalibrated & set(given):
+        fields.setdefault("exit_threshold", None)
     policy = dataclasses.replace(base, **fields)
     policy.validate()
     return policy

@@ -182,6 +182,8 @@ def test_budgets_start_where_the_table_says() -> None:
     own = ask(budget=0.8, confidence="entropy")
     assert (own.confidence, own.exit_threshold) == (Confidence.ENTROPY, None)
     assert ask(budget=0.8, points=None, default=FREE).exit_threshold is None
+    other = ask(operating_point="fast", confidence="entropy")
+    assert (other.budget, other.exit_threshold) == (0.7, None)
     refused("at least 0.5556", "got 0.52", param="compute.budget", budget=0.52)
     refused("(0, 1]", "got 1.5", param="compute.budget", budget=1.5)
     assert ask(budget=0.5556).budget == 0.5556
