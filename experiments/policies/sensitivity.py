@@ -58,7 +58,7 @@ def main() -> None:
             realised, quality, distance = at_horizon(held_out, budget, horizon)
             print(f"{budget:.2f} {horizon:>4}: {realised:.4f} {quality:.4f} {distance:.4f}")
     print("half-life, from: settled after (median), at most, within 500 rows, near")
-    for half_life in (100, 150, 250, 400):
+    for half_life in (60, 80, 100, 150, 250, 400):
         for one, other in ((first, second), (second, first)):
             found = switch(one, other, Measure(), Method.EM, half_life=half_life).grid
             print(

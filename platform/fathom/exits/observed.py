@@ -13,8 +13,9 @@ from fathom.exits.beta_mixture import GRID, START, BetaMixture, fit_em, fit_mome
 from fathom.exits.budget import QuantileTracker
 from fathom.exits.histogram import ConfidenceHistogram, Kind
 
-HALF_LIFE = 150.0
-"""Rows after which what was seen counts half: of an old workload a tenth is left after 500."""
+HALF_LIFE = 80.0
+"""Rows after which what was seen counts half: after a switch of the hardest two workloads that were
+tried, λ is where it belongs within 432 rows (`experiments/policies`); at 150, within 1,200."""
 
 REFIT = 64
 """Rows between two fits of the mixture, so that a token's share of one is small."""
