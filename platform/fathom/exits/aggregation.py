@@ -158,7 +158,7 @@ def one_threshold_shares(confidence: ArrayLike, costs: ArrayLike, budget: float)
     low, high = 0, max(len(candidates) - 1, 0)  # the highest threshold that the budget allows
     while low < high:
         middle = (low + high + 1) // 2
-        if shares(float(candidates[middle])) @ b <= budget:
+        if shares(float(candidates[middle])) @ b <= budget + 1e-12:  # a sum may round up
             low = middle
         else:
             high = middle - 1

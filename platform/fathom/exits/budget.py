@@ -188,7 +188,7 @@ class QuantileTracker:
         histogram: ConfidenceHistogram,
         exit_cost: float,
         *,
-        horizon: float = 32,
+        horizon: float = 16,
         carried_horizon: float = 256,
         least_rows: int = 32,
         refresh: int = 64,

@@ -123,6 +123,6 @@ def test_debts_are_bounded_in_size_and_number() -> None:
 
 def test_a_share_of_next_to_nothing_has_a_threshold() -> None:
     """8 exits of 17 tokens leave 0.32 + (0.32 * 17 - 8) / 8 = 5.6e-17 for the next one."""
-    tracker = QuantileTracker(ConfidenceHistogram(), 0.25)
+    tracker = QuantileTracker(ConfidenceHistogram(), 0.25, horizon=8)
     tracker.histogram.add(np.linspace(0, 1, 100))
     assert tracker.threshold(0.76, 8, 17) == pytest.approx(1, abs=0.01)
