@@ -87,19 +87,23 @@ def test_two_that_see_different_halves_agree_with_one_that_sees_both(
     pair: tuple[Seen, Seen],
 ) -> None:
     one, other = pair
-    one.see(400, 9, 1.2, 0.95, seed=1)
-    other.see(400, 1.5, 3, 0.3, seed=2)
-    alone = one.threshold(BUDGET)
+    alone = Seen()
+    alone.see(400, 9, 1.2, 0.95, seed=1)
+    for seed in range(50):  # neither is ever idle
+        one.see(8, 9, 1.2, 0.95, seed=seed)
+        other.see(8, 1.5, 3, 0.3, seed=1000 + seed)
+        time.sleep(0.05)
     wait_until(lambda: agree(*pair))
     both = Seen()
-    for seed in range(20):  # the same rows in turns
-        both.see(40, 9, 1.2, 0.95, seed=seed)
-        both.see(40, 1.5, 3, 0.3, seed=100 + seed)
+    for seed in range(200):  # such rows in turns
+        both.see(2, 9, 1.2, 0.95, seed=seed)
+        both.see(2, 1.5, 3, 0.3, seed=1000 + seed)
     whole, shared = both.threshold(BUDGET), one.threshold(BUDGET)
     assert whole is not None
     assert shared is not None
-    assert alone is not None
-    assert abs(alone - shared) > 0.1
+    lone = alone.threshold(BUDGET)
+    assert lone is not None
+    assert abs(lone - shared) > 0.1
     assert shared == pytest.approx(whole, abs=0.1)
     assert one.threshold(ADAPTIVE) == other.threshold(ADAPTIVE)
     adaptive = one.threshold(ADAPTIVE), both.threshold(ADAPTIVE)

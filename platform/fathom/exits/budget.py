@@ -233,6 +233,11 @@ class QuantileTracker:
         low = min(int(at), len(self._table) - 2)  # an aim near 0 rounds to the end
         return self._table[low] + (at - low) * (self._table[low + 1] - self._table[low])
 
+    def follow(self, histogram: ConfidenceHistogram) -> None:
+        """Go on with other counts; quantiles are read anew at once."""
+        self.histogram = histogram
+        self._read_at = -1
+
     def settle(self, budget: float, exited: int, decided: int) -> None:
         """Carry on what a request that is over was short of, or over.
 

@@ -5,9 +5,8 @@ engine, and tells each what all the others have seen, as one sum; ``merged`` is 
 look at all of them.
 
 Each engine forgets by its own rows, so that together they remember a number of rows that grows with
-the engines, over the same time. One that sees no rows any more would never forget; the board does
-it in its place: what it has told counts half after so many rows of the others as it would have had
-to see itself, if all saw equally many.
+the engines, over the same time. One that sees no rows would never forget; the board tells it how
+many rows it has missed, and it forgets as if it had seen as many as the others did on average.
 """
 
 from __future__ import annotations
@@ -36,15 +35,16 @@ class _Told:
 
     Attributes:
         counts: [3, bins]. seen: rows ever.
-        others_seen: rows that the others had seen, all together, when it last had seen one more.
-        idle: rows that the others have seen since, as of its latest word.
+        grown: rows that it has seen since the board knows it. others: ``grown`` of its peers, all
+            together, when it last spoke. idle: it had seen no more than the time before.
     """
 
     counts: NDArray[np.float64]
     half_life: float | None
     seen: int
-    others_seen: int = 0
-    idle: int = 0
+    grown: int = 0
+    others: int = 0
+    idle: bool = False
 
 
 @dataclass(slots=True)
@@ -87,61 +87,43 @@ class Board:
         """
         heard = _read(snapshot)
         before = self._engines.get(name)
-        last = before.measures if before is not None and before.group == group else {}
-        for measure, told in heard.items():
-            told.others_seen = others = self._others_seen(name, group, measure)
-            if measure in last and last[measure].seen == told.seen:
-                told.others_seen = last[measure].others_seen
-                # A peer that went away takes its rows along.
-                told.idle = max(others - told.others_seen, 0)
+        if before is not None and before.group != group:
+            before = None
         self._engines[name] = _Engine(group, now, heard)
         for each in [n for n, e in self._engines.items() if now - e.heard > self._silent_s]:
             del self._engines[each]
-        return self._sum_without(name, group)
-
-    def _peers(self, name: str, group: str) -> dict[str, _Engine]:
-        return {n: e for n, e in self._engines.items() if n != name and e.group == group}
-
-    def _others_seen(self, name: str, group: str, measure: str) -> int:
-        peers = self._peers(name, group).values()
-        return sum(e.measures[measure].seen for e in peers if measure in e.measures)
-
-    def _sum_without(self, name: str, group: str) -> list[dict[str, Any]]:
-        peers = self._peers(name, group)
-        sums: dict[str, _Told] = {}
-        for engine in peers.values():
-            for measure, told in engine.measures.items():
-                counts = told.counts * _faded(told, len(peers))
-                total = sums.get(measure)
-                if total is None:
-                    sums[measure] = _Told(counts, told.half_life, told.seen)
-                else:
-                    total.counts = total.counts + counts
-                    total.seen += told.seen
-        if not peers:
-            return []
-        return [
-            {
-                "measures": {
-                    measure: {
-                        "histogram": {
-                            "bins": told.counts.shape[1],
-                            "half_life": told.half_life,
-                            "seen": told.seen,
-                            "counts": told.counts.tolist(),
-                        }
-                    }
-                    for measure, told in sums.items()
-                }
-            }
-        ]
+        peers = [e.measures for n, e in self._engines.items() if n != name and e.group == group]
+        missed: dict[str, float] = {}
+        for measure, told in heard.items():
+            told.others = sum(each[measure].grown for each in peers if measure in each)
+            if before is None:
+                continue
+            last = before.measures.get(measure)
+            told.grown = told.seen if last is None else last.grown + max(told.seen - last.seen, 0)
+            told.idle = last is not None and last.seen == told.seen
+            # Only from the second time on: what others saw since an engine's latest rows, and what
+            # they saw before, is the same to the first.
+            if last is not None and last.idle and told.idle and peers:
+                # A peer that went away takes its rows along.
+                missed[measure] = max(told.others - last.others, 0) / len(peers)
+        return [_sum(peers, missed)] if peers else []
 
 
-def _faded(told: _Told, others: int) -> float:
-    """What is left of an engine's counts, by what its peers have seen while it saw nothing."""
-    if told.half_life is None:
-        return 1.0
-    return float(0.5 ** (told.idle / (told.half_life * others)))
+def _sum(engines: Sequence[Mapping[str, _Told]], missed: Mapping[str, float]) -> dict[str, Any]:
+    """What engines have seen together, as a snapshot; with what one of their peers has missed."""
+    measures = {}
+    for measure in dict.fromkeys(name for each in engines for name in each):
+        same = [each[measure] for each in engines if measure in each]
+        measures[measure] = {
+            "histogram": {
+                "bins": same[0].counts.shape[1],
+                "half_life": same[0].half_life,
+                "seen": sum(told.seen for told in same),
+                "counts": np.sum([told.counts for told in same], axis=0).tolist(),
+            },
+            "missed": missed.get(measure, 0.0),
+        }
+    return {"measures": measures}
 
 
 def _read(snapshot: Mapping[str, Any]) -> dict[str, _Told]:

@@ -119,6 +119,11 @@ class ConfidenceHistogram:
         self._counts *= decay / self._scale
         self._scale = 1.0
 
+    def forget(self, rows: float) -> None:
+        """Forget as if so many rows had come, at least 0; nothing without a half-life."""
+        if self.half_life is not None:
+            self._normalize(0.5 ** (rows / self.half_life))
+
     @property
     def counts(self) -> NDArray[np.float64]:
         """[3, bins] float64: what is remembered, by ``Kind``; the newest row counts its weight."""

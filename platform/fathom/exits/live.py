@@ -187,18 +187,22 @@ class LivePolicies:
         """Take what other replicas have seen; it replaces what they had told before.
 
         Args:
-            others: ``snapshot`` of every other replica, never one's own: nothing counts twice.
+            others: ``snapshot`` of every other replica, never one's own: nothing counts twice. A
+                measure may say what was ``missed`` (see ``Observed.replace_others``).
 
         Raises:
             ValueError: for what is no snapshot.
         """
         found: dict[_Key, list[ConfidenceHistogram]] = {key: [] for key in self._observed}
+        missed: dict[_Key, float] = {}
         for other in others:
             for name, measure in other["measures"].items():
+                key = _parse(name)
                 histogram = ConfidenceHistogram.from_dict(measure["histogram"])
-                found.setdefault(_parse(name), []).append(histogram)
+                found.setdefault(key, []).append(histogram)
+                missed[key] = missed.get(key, 0.0) + float(measure.get("missed", 0.0))
         for key, histograms in found.items():
-            self._at(key).replace_others(histograms)
+            self._at(key).replace_others(histograms, missed.get(key, 0.0))
         self._tell()
 
     def _of(self, compute: ComputePolicy) -> Observed:

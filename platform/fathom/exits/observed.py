@@ -69,10 +69,17 @@ class Observed:
         self._all.add_one(confidence, agrees)
         self.counted[Kind.UNLABELLED if agrees is None else int(agrees)] += 1
 
-    def replace_others(self, others: Iterable[ConfidenceHistogram]) -> None:
-        """Take what other engines have seen in place of what they had before."""
+    def replace_others(self, others: Iterable[ConfidenceHistogram], missed: float = 0.0) -> None:
+        """Take what other engines have seen in place of what they had before.
+
+        Args:
+            missed: rows that each of them saw, on average, while this one saw none: it forgets as
+                if it had seen as many.
+        """
+        if missed:
+            self.own.forget(missed)
         self._all = sum(others, start=self.own + ConfidenceHistogram(self.own.bins))
-        self._tracker.histogram = self._all
+        self._tracker.follow(self._all)
 
     def threshold(self, start: float | None) -> float:
         """λ of policy ``adaptive``, fitted anew where enough was seen since the last time.

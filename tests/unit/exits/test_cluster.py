@@ -98,10 +98,20 @@ def test_who_went_away_ages_out_and_takes_its_rows_along() -> None:
     assert threshold(one, BUDGET) == pytest.approx(alone, abs=1e-6)
 
 
-def test_who_sees_nothing_is_forgotten_by_the_rows_of_the_others() -> None:
+def test_who_sees_nothing_forgets_by_the_rows_of_the_others() -> None:
+    """Then both agree on what the busy one sees; and a peer that is new has no new rows."""
     board = Board()
     busy, idle = LivePolicies(EXIT_COST), LivePolicies(EXIT_COST)
     see(idle, traffic(300, 1.0, 1), 300)
+    say(board, "idle", idle, 0)
+    before = threshold(idle, BUDGET)
+    veteran = LivePolicies(EXIT_COST)
+    see(veteran, traffic(900, 1.0, 2), 900)
+    say(board, "veteran", veteran, 0)
+    say(board, "idle", idle, 0)
+    assert threshold(idle, BUDGET) == pytest.approx(before, abs=0.1)
+    totals = np.sum(idle.snapshot()["measures"]["softmax_gap"]["histogram"]["counts"])
+    assert totals > 50
     lone = LivePolicies(EXIT_COST)
     rows, same = traffic(4000, 0.0, 0), traffic(4000, 0.0, 0)
     for now in range(60):
@@ -109,7 +119,11 @@ def test_who_sees_nothing_is_forgotten_by_the_rows_of_the_others() -> None:
         see(lone, same, 30)
         say(board, "idle", idle, now)
         say(board, "busy", busy, now)
+    say(board, "idle", idle, 60)
+    assert np.sum(idle.snapshot()["measures"]["softmax_gap"]["histogram"]["counts"]) < 0.01
     assert threshold(busy, BUDGET) == pytest.approx(threshold(lone, BUDGET), abs=0.01)
+    assert threshold(idle, BUDGET) == pytest.approx(threshold(busy, BUDGET), abs=0.01)
+    assert threshold(idle) == threshold(busy)
 
 
 def test_busy_engines_keep_each_others_rows_however_seldom_they_talk() -> None:
