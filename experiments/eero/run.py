@@ -89,7 +89,7 @@ def evaluate(name: str, task: Task, files: ClassifierFiles, seed: int) -> Result
     spent = model.cumulative_flops(test.sizes)
     points = []
     for budget in BUDGETS:
-        fitted = fit_exits(calibration.confidence, calibration.correct, costs, budget)
+        fitted = fit_exits(calibration.confidence, calibration.correct, costs, budget, spend=True)
         exits = apply(test.confidence, fitted.thresholds)
         flops = spent[np.arange(len(exits)), exits].sum() / spent[:, -1].sum()
         shares = np.asarray(fitted.shares)

@@ -84,7 +84,7 @@ class Classifier:
 
     def _fit(self, budget: float) -> FittedExits:
         c = self._files.calibration
-        return fit_exits(c.confidence, c.correct, self._costs, budget)
+        return fit_exits(c.confidence, c.correct, self._costs, budget, spend=True)
 
     def run(self, jobs: Sequence[ClassifyJob]) -> list[ClassifyResult | InvalidRequest]:
         """Classify the inputs of several requests together.

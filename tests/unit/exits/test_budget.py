@@ -211,7 +211,9 @@ def test_shares_of_one_threshold_are_those_of_the_best_one_tried(rows, budget) -
     if allowed and len(seen):
         assert cost <= budget + 1e-9
         reachable = [costs[apply(confidence, np.full(3, t))].mean() for t in np.unique(seen)]
-        assert cost == pytest.approx(max((c for c in reachable if c <= budget + 1e-12), default=cost))
+        assert cost == pytest.approx(
+            max((c for c in reachable if c <= budget + 1e-12), default=cost)
+        )
 
 
 def test_the_prior_carries_what_errors_do_not_tell() -> None:
