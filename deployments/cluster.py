@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import threading
@@ -195,7 +196,16 @@ def _status() -> str:
         return ""
     messages = [application.message]
     messages += [d.message for d in application.deployments.values() if d.message]
-    return "\n".join(message for message in messages if message)
+    return reason_of("\n".join(message for message in messages if message))
+
+
+def reason_of(words: str) -> str:
+    """What is for a user in Serve's words: our own error, without the traces around it.
+
+    Words that hold none of ours are given back whole.
+    """
+    ours = re.findall(r"fathom\.[\w.]*Error: (.+)", words)
+    return str(ours[-1]).strip() if ours else words
 
 
 def _wait_until_up(url: str, timeout_s: float = 30.0) -> None:
