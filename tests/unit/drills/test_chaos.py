@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import _thread
+import signal
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -98,6 +100,15 @@ def test_a_server_that_fails_undisturbed_is_not_drilled(serve: Any) -> None:
         cluster.close()
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell starts what it runs in the background with SIGINT ignored, and Python leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_drill_keeps_what_it_found(serve: Any) -> None:
     _, url = serve(*[("all", 0)] * 6, *[("hang", 1)] * 40)
     cluster = Cluster(Held())
