@@ -102,7 +102,7 @@ def test_a_server_that_fails_undisturbed_is_not_drilled(serve: Any) -> None:
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """A shell starts what it runs in the background with SIGINT ignored, and Python leaves it so."""
+    """A shell starts background jobs with SIGINT ignored, and Python leaves it so."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
