@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,10 @@ def _run(
     """Run what is left; returns the first error's last line, or nothing."""
     # Each trial would get files of three loggers else; the ledger is the record.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    # The newer output prints a banner whatever `verbose` says; progress is ours to show.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     objectives = list(study.objectives)
-    cores = sum(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+    resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     folder = str((work_dir / "trials").resolve())
     trainable = tune.with_parameters(_Replay, study=study, parts=list(parts), folder=folder)
     tuner = tune.Tuner(
@@ -95,7 +97,7 @@ def _run(
                 study_name=study.name,
             ),
             num_samples=study.total - len(done),
-            max_concurrent_trials=parallel or cores,
+            max_concurrent_trials=parallel or max(1, int(resources.get("CPU", 1))),
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(

@@ -13,7 +13,7 @@ from fathom import __version__
 from fathom.training.tracking import Tracker
 from fathom.tuning.ledger import Trial
 from fathom.tuning.study import Study
-from fathom.tuning.study_points import Traces, volume
+from fathom.tuning.study_points import Traces, front, volume
 
 EXPERIMENT = "fathom-tune"
 
@@ -71,8 +71,10 @@ class StudyRuns:
             self._tracker.keep_file(file)
         if self._tracker.has("hypervolume"):
             return
-        for step in range(1, len(trials) + 1):
-            self._tracker.log(step, {"hypervolume": volume(self._study, trials[:step])})
+        best: list[Trial] = []
+        for step, trial in enumerate(trials, 1):
+            best = front(self._study, [*best, trial])
+            self._tracker.log(step, {"hypervolume": volume(self._study, best)})
         self._tracker.log(len(trials), {"trials": len(trials)})
 
 
