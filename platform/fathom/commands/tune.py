@@ -45,6 +45,7 @@ study.yaml:
   seed: 0
   choose_share: 0.5                        # of the requests; the points are measured on the others
   max_rows: 0                              # of each trace at a trial; 0: all
+  max_points: 12                           # kept of a larger front
 
 Trials replay a trace: nothing is generated. The MLflow UI on the default store:
   mlflow ui --backend-store-uri sqlite:///tune-study/mlflow.db
@@ -223,7 +224,8 @@ def _show(study: Study, report: Mapping[str, Any], out: Path) -> int:
         table.add_column(heading)
     for heading in ("stack", "agreement", "exits", "cost", "TPOT (ms)", "speed-up"):
         table.add_column(heading, justify="right")
-    for row in report["front"]:
+    points = [row for row in report["front"] if row["point"]]
+    for row in points:
         setting, own = row["setting"], row["held_out"]
         place = setting.get("exit_threshold", setting.get("budget"))
         table.add_row(
@@ -233,5 +235,10 @@ def _show(study: Study, report: Mapping[str, Any], out: Path) -> int:
             f"{own['predicted_tpot_ms']:.2f}", f"{own['predicted_speedup']:.2f}",
         )  # fmt: skip
     console.print(table)
+    if len(points) < len(report["front"]):
+        console.print(
+            f"{len(points)} of {len(report['front'])} on the front are kept as points (max_points)",
+            highlight=False,
+        )
     console.print(f"{out}: serve it by `fathom serve --operating-points {out}`", highlight=False)
     return 0

@@ -134,6 +134,7 @@ class Study:
         choose_share: of each trace's requests that trials are replayed on; the points of the front
             are measured on the others, which have chosen nothing.
         max_rows: about so many rows of each trace at a trial, whole requests; 0: all.
+        max_points: operating points that are kept of a larger front: those that span it best.
     """
 
     name: str = ""
@@ -147,6 +148,7 @@ class Study:
     grid_steps: int = 5
     choose_share: float = 0.5
     max_rows: int = 0
+    max_points: int = 12
 
     def validate(self) -> None:
         """Check every field.
@@ -167,9 +169,9 @@ class Study:
                 raise ConfigError(f"objectives must be some of {known}, got {each!r}.")
         if len(set(self.objectives)) < len(self.objectives):
             raise ConfigError(f"objectives: one is there twice in {list(self.objectives)!r}.")
-        check_at_least(self, ("trials", "grid_steps"), 1)
+        check_at_least(self, ("trials", "grid_steps", "max_points"), 1)
         check_at_least(self, ("seed", "max_rows"), 0)
-        for name in ("trials", "grid_steps", "seed", "max_rows"):
+        for name in ("trials", "grid_steps", "max_points", "seed", "max_rows"):
             if not isinstance(getattr(self, name), int):
                 raise ConfigError(f"{name} must be an integer, got {getattr(self, name)!r}.")
         if not _is_number(self.choose_share) or not 0 < self.choose_share < 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,21 @@ def front(study: Study, trials: Sequence[Trial]) -> list[Trial]:
     return sorted(found, key=lambda t: (1 - t.figures.quality, t.figures.tpot_ms, t.number))
 
 
+def spanning(study: Study, found: Sequence[Trial]) -> list[Trial]:
+    """At most ``max_points`` of a front, in its order; each adds the most hypervolume to the last.
+
+    Taking them so gives at least 1 - 1/e of the volume that the best choice of as many has
+    (Nemhauser et al. 1978, for hypervolume is submodular).
+    """
+    if len(found) <= study.max_points:
+        return list(found)
+    taken: list[Trial] = []
+    for _ in range(study.max_points):
+        rest = [trial for trial in found if trial not in taken]
+        taken.append(max(rest, key=lambda trial: volume(study, [*taken, trial])))
+    return [trial for trial in found if trial in taken]
+
+
 def _kept(study: Study, trial: Trial) -> bool:
     return all(value <= 0 for value in trial.figures.violations(study).values())
 
@@ -118,7 +133,7 @@ def _kept(study: Study, trial: Trial) -> bool:
 def make_points(study: Study, traces: Traces, trials: Sequence[Trial]) -> OperatingPoints:
     """The front as operating points, measured on the held-out requests.
 
-    Points are named ``front-1`` and so on, from the least quality lost.
+    Points are named ``front-1`` and so on, from the least quality lost; see ``spanning``.
     """
     source = traces.choose[0].source
     fields = Identity.__dataclass_fields__
@@ -128,7 +143,7 @@ def make_points(study: Study, traces: Traces, trials: Sequence[Trial]) -> Operat
         trace_sha256=" ".join(traces.digests),
     )
     points = {}
-    for place, trial in enumerate(front(study, trials), 1):
+    for place, trial in enumerate(spanning(study, front(study, trials)), 1):
         name = f"front-{place}"
         compute = compute_of(trial.setting, source.exit_cost)
         if compute.budget is not None and compute.exit_threshold is None:
@@ -179,17 +194,23 @@ def _calibration(study: Study, traces: Traces) -> Calibration:
 def front_rows(
     study: Study, trials: Sequence[Trial], points: OperatingPoints
 ) -> list[dict[str, Any]]:
-    """The front as a report holds it: the setting, the replay's figures, the held-out ones."""
+    """The whole front as a report holds it: settings, and the replay's figures.
+
+    Those that became operating points have their name and the figures of held-out requests, the
+    others None.
+    """
+    found = front(study, trials)
+    names = dict(zip((t.number for t in spanning(study, found)), points.points, strict=True))
     rows: list[dict[str, Any]] = []
-    for (name, point), trial in zip(points.points.items(), front(study, trials), strict=True):
-        held_out: Mapping[str, float] = point.measured
+    for trial in found:
+        name = names.get(trial.number)
         rows.append(
             {
                 "point": name,
                 "trial": trial.number,
                 "setting": trial.setting,
                 **dataclasses.asdict(trial.figures),
-                "held_out": dict(held_out),
+                "held_out": None if name is None else dict(points.points[name].measured),
             }
         )
     return rows

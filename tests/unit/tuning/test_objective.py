@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,14 @@ from fathom.tuning.operating_points import load
 from fathom.tuning.replay import replay_trace
 from fathom.tuning.rows import TraceRows, read_rows
 from fathom.tuning.study import Constraints, Study
-from fathom.tuning.study_points import front, front_rows, make_points, read_traces, volume
+from fathom.tuning.study_points import (
+    front,
+    front_rows,
+    make_points,
+    read_traces,
+    spanning,
+    volume,
+)
 from fathom.types import AcceptMode
 from tests.traces import write_trace
 
@@ -143,6 +152,23 @@ def test_the_front_becomes_points_that_are_measured_on_other_requests(
     assert read.identity.weights_digest == "weights-1"
     assert read.identity.trace == "a.parquet b.parquet"
     assert 0 < volume(study, found) < 1
+
+
+def test_a_large_front_is_thinned_to_what_spans_it(study: Study, folder: Path) -> None:
+    found = trials(study, folder)
+    inside = front(study, found)
+    few = dataclasses.replace(study, max_points=2)
+    kept = spanning(few, inside)
+    assert len(kept) == 2 < len(inside)
+    best = max(volume(study, pair) for pair in combinations(inside, 2))
+    assert volume(study, kept) >= (1 - 1 / np.e) * best
+    assert max(volume(study, [trial]) for trial in inside) in [volume(study, [t]) for t in kept]
+    rows = front_rows(few, found, make_points(few, read_traces(few, folder), found))
+    assert [row["trial"] for row in rows] == [trial.number for trial in inside]
+    named = [row for row in rows if row["point"] is not None]
+    assert [row["trial"] for row in named] == [trial.number for trial in kept]
+    assert [row["point"] for row in named] == ["front-1", "front-2"]
+    assert all((row["held_out"] is None) == (row["point"] is None) for row in rows)
 
 
 def test_a_constraint_keeps_points_off_the_front(folder: Path) -> None:
