@@ -23,6 +23,7 @@ from fathom.commands import (
     pull,
     serve,
     train,
+    tune,
 )
 from fathom.commands.options import HelpFormatter, UsageError
 from fathom.config import ConfigError
@@ -42,6 +43,7 @@ examples:
   fathom chaos --requests 200 --seed 1           kill its processes under load, lose nothing
   fathom train exits --help                      train exits that are worth taking
   fathom calibrate fit t.parquet --out p.yaml    operating points from a trace
+  fathom tune study.yaml                         search settings, keep the front, serve it
   fathom exits show                              what a server's exit policies have seen
   fathom eval --tasks gsm8k --modes full,free    quality and speed beside the full model
   fathom doctor                                  what is here, what is missing
@@ -61,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fathom {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for module in (
-        serve, generate, pull, bench, chaos, train, calibrate, exits, evaluate, doctor
+        serve, generate, pull, bench, chaos, train, calibrate, tune, exits, evaluate, doctor
     ):  # fmt: skip
         module.add_parser(commands)
     return parser

@@ -1,4 +1,4 @@
-"""Training runs in MLflow: parameters once, curves in batches, the adapter's card at the end."""
+"""Runs in MLflow: parameters once, curves in batches, files at the end."""
 
 from __future__ import annotations
 
@@ -14,14 +14,24 @@ _BATCH = 500
 
 
 class Tracker:
-    """One MLflow run, which an interrupted training goes on with.
+    """One MLflow run, which an interrupted training or study goes on with.
 
     Args:
         uri: of the tracking server; empty takes SQLite in ``work_dir``.
         work_dir: remembers the run's id.
+        experiment: that the run is in.
     """
 
-    def __init__(self, work_dir: Path, *, name: str, params: Mapping[str, Any], uri: str) -> None:
+    def __init__(
+        self,
+        work_dir: Path,
+        *,
+        name: str,
+        params: Mapping[str, Any],
+        uri: str,
+        experiment: str = EXPERIMENT,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
         import mlflow  # takes seconds
 
         work_dir.mkdir(parents=True, exist_ok=True)
@@ -33,12 +43,13 @@ class Tracker:
             self.run_id = note.read_text()
             self._client.update_run(self.run_id, status="RUNNING")
         else:
-            found = self._client.get_experiment_by_name(EXPERIMENT)
+            found = self._client.get_experiment_by_name(experiment)
             artifacts = (work_dir / "mlflow-artifacts").resolve().as_uri()
-            experiment = found.experiment_id if found else self._client.create_experiment(
-                EXPERIMENT, artifact_location=artifacts if uri.startswith("sqlite") else None
+            experiment_id = found.experiment_id if found else self._client.create_experiment(
+                experiment, artifact_location=artifacts if uri.startswith("sqlite") else None
             )  # fmt: skip
-            self.run_id = self._client.create_run(experiment, run_name=name).info.run_id
+            run = self._client.create_run(experiment_id, run_name=name, tags=dict(tags or {}))
+            self.run_id = run.info.run_id
             entities = mlflow.entities
             self._client.log_batch(
                 self.run_id,
@@ -67,6 +78,52 @@ class Tracker:
         self._pending += [self._metric(name, value, now, step) for name, value in figures.items()]
         if len(self._pending) >= _BATCH:
             self.flush()
+
+    def has(self, metric: str) -> bool:
+        """Whether the run holds a metric of that name."""
+        return metric in self._client.get_run(self.run_id).data.metrics
+
+    def children(self) -> dict[str, Any]:
+        """The runs below this one, by name."""
+        experiment = self._client.get_run(self.run_id).info.experiment_id
+        found: dict[str, Any] = {}
+        token: str | None = None
+        while token is None or token:
+            page = self._client.search_runs(
+                [experiment],
+                f"tags.`mlflow.parentRunId` = '{self.run_id}'",
+                max_results=1000,
+                page_token=token,
+            )
+            found |= {run.info.run_name: run for run in page}
+            token = page.token or ""
+        return found
+
+    def add_child(
+        self, name: str, params: Mapping[str, Any], figures: Mapping[str, float], known: Any = None
+    ) -> None:
+        """Note a finished run below this one, in one batch.
+
+        Args:
+            known: the run of that name, if an interrupted study had made it already.
+        """
+        from mlflow.entities import Metric, Param
+
+        run = known
+        if run is None:
+            own = self._client.get_run(self.run_id).info
+            run = self._client.create_run(
+                own.experiment_id, run_name=name, tags={"mlflow.parentRunId": self.run_id}
+            )
+        if not run.data.metrics:
+            now = int(time.time() * 1000)
+            self._client.log_batch(
+                run.info.run_id,
+                params=[Param(key, str(value)) for key, value in params.items()],
+                metrics=[Metric(key, value, now, 0) for key, value in figures.items()],
+            )
+        if run.info.status == "RUNNING":
+            self._client.set_terminated(run.info.run_id)
 
     def keep_file(self, file: Path) -> None:
         """Keep a file as an artifact of the run."""

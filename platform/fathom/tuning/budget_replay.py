@@ -46,7 +46,12 @@ def targets(exit_cost: float, count: int = 8) -> list[float]:
 
 
 def live_exits(
-    rows: TraceRows, measure: Measure, budget: float, *, first: float | None = None
+    rows: TraceRows,
+    measure: Measure,
+    budget: float,
+    *,
+    first: float | None = None,
+    max_stack: int = MAX_STACK,
 ) -> Bools:
     """Which rows leave under policy ``budget`` as an engine runs it, in the trace's order.
 
@@ -54,10 +59,10 @@ def live_exits(
     deep stage would answer after each row that stays.
 
     Args:
-        first: λ until the policy has seen enough.
+        first: λ until the policy has seen enough. max_stack: most drafts of a stack.
     """
     compute = measure.policy(
-        policy=PolicyName.BUDGET, budget=budget, exit_threshold=first, max_stack=MAX_STACK
+        policy=PolicyName.BUDGET, budget=budget, exit_threshold=first, max_stack=max_stack
     )
     policies = LivePolicies(rows.source.exit_cost)
     policies.check(compute)
@@ -67,7 +72,7 @@ def live_exits(
     values = zip(rows.groups.tolist(), measure.of(rows).tolist(), rows.agrees.tolist(), strict=True)
     for row, (group, confidence, agrees) in enumerate(values):
         page = spent.setdefault(group, [0, 0, 0, 0])
-        if page[2] < MAX_STACK:
+        if page[2] < max_stack:
             threshold = policies.threshold_for(compute, page[0], page[1])
             leaves = confidence > (compute.threshold if threshold is None else threshold)
             policies.observe(compute, confidence, agrees)

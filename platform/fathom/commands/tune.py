@@ -1,0 +1,244 @@
+"""``fathom tune``: from a study to a front of operating points."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fathom.commands.options import UsageError, add_command
+from fathom.commands.reports import check_output, machine, write_json
+
+if TYPE_CHECKING:
+    from fathom.tuning.ledger import Trial
+    from fathom.tuning.study import Study
+    from fathom.tuning.study_points import Traces
+    from fathom.tuning.study_runs import StudyRuns
+
+_EXAMPLES = """\
+  fathom generate --prompts p.jsonl --json a.jsonl --mode free --exit-threshold 1 --trace t.parquet
+  fathom tune study.yaml --json study.json           search, and write the front
+  fathom tune study.yaml                             again after a kill: goes on, runs nothing twice
+  fathom tune study.yaml --mlflow http://host:5000   runs go to a tracking server
+  fathom serve --operating-points tune-study/points.yaml
+
+study.yaml:
+  traces: [t.parquet]                      # beside the study; they name the model and the adapter
+  objectives: [quality, budget, tpot]      # agreement with full, share of compute, predicted time
+  constraints: {max_quality_loss: 0.05}    # also max_tpot_ms
+  space:                                   # a value, a list, or {low, high}
+    mode: [exact, free]
+    policy: [threshold, budget, adaptive]
+    confidence: [softmax_gap, max_prob, entropy, saturation]
+    exit_threshold: {low: 0.05, high: 1.0}
+    budget: {low: 0.5, high: 1.0}
+    max_stack: {low: 1, high: 16}
+    exit_temperature: 1.0
+  searcher: optuna                         # or random, or grid (grid_steps: 5)
+  trials: 40
+  seed: 0
+  choose_share: 0.5                        # of the requests; the points are measured on the others
+  max_rows: 0                              # of each trace at a trial; 0: all
+  max_points: 12                           # kept of a larger front
+
+Trials replay a trace: nothing is generated. The MLflow UI on the default store:
+  mlflow ui --backend-store-uri sqlite:///tune-study/mlflow.db
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Declare the options."""
+    parser = add_command(
+        commands,
+        "tune",
+        run,
+        about="search for operating points, by a study over traces",
+        examples=_EXAMPLES,
+    )
+    parser.add_argument("study", type=Path, metavar="STUDY", help="the study (YAML)")
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        metavar="DIR",
+        help="trials, MLflow's SQLite, the front (default: tune-NAME)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="operating points of the front (default: points.yaml in the work folder)",
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write trials and front here")
+    parser.add_argument("--mlflow", default="", metavar="URI", help="tracking server, or `none`")
+    parser.add_argument(
+        "--parallel", type=int, default=0, metavar="N", help="trials at a time; 0: one a core"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Search, and write the front."""
+    from fathom.tuning.study import load_study
+
+    if args.parallel < 0:
+        raise UsageError(f"--parallel must be at least 0, got {args.parallel}.")
+    study = load_study(args.study)
+    _check_installed(args.mlflow)
+    for path in (args.json, args.out, args.work_dir):
+        check_output(path)
+    from fathom.tuning.study_points import read_traces
+
+    traces = read_traces(study, args.study.resolve().parent)
+    work_dir: Path = args.work_dir or Path(f"tune-{study.name}")
+    work_dir.mkdir(exist_ok=True)
+    _claim(work_dir, study, traces)
+    out: Path = args.out or work_dir / "points.yaml"
+    start = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        runs = None
+        if args.mlflow != "none":
+            from fathom.tuning.study_runs import StudyRuns
+
+            # What it does to its own tables is nobody's business.
+            logging.getLogger("alembic").setLevel(logging.WARNING)
+            runs = stack.enter_context(StudyRuns(study, args.study, traces, work_dir, args.mlflow))
+        trials = _search(study, traces, work_dir, args.parallel, runs)
+        report = _finish(study, traces, trials, out)
+        report["seconds"] = round(time.perf_counter() - start, 3)
+        report["mlflow_run_id"] = None if runs is None else runs.run_id
+        write_json(work_dir / "front.json", report)
+        if runs is not None:
+            runs.finish(trials, [work_dir / "front.json", *([out] if report["front"] else [])])
+    if args.json is not None:
+        write_json(args.json, {"meta": machine(), **report})
+    return _show(study, report, out)
+
+
+def _check_installed(mlflow: str) -> None:
+    wanted = ["optuna"] if mlflow == "none" else ["optuna", "mlflow"]
+    for name in wanted:
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(
+                f"a study needs {name}, which is not installed: "
+                "python -m pip install 'fathom-serve[train]'."
+            )
+
+
+def _claim(work_dir: Path, study: Study, traces: Traces) -> None:
+    """Make the folder this study's; one that has another's trials is refused.
+
+    Traces are told by their content, so files may move.
+    """
+    note = work_dir / "study.json"
+    # Through JSON, which makes lists of tuples.
+    own = json.loads(json.dumps({**study.as_dict(), "traces": traces.digests}))
+    if note.exists():
+        there = json.loads(note.read_text())
+        differs = [name for name in own if own[name] != there.get(name)]
+        if differs:
+            name = differs[0]
+            raise UsageError(
+                f"{work_dir}: holds trials of a study whose {name} is {there.get(name)!r}, not "
+                f"{own[name]!r}: give another --work-dir, or delete this one."
+            )
+    write_json(note, own)
+
+
+def _search(
+    study: Study, traces: Traces, work_dir: Path, parallel: int, runs: StudyRuns | None
+) -> list[Trial]:
+    """Run what is left of the trials, with a line of progress."""
+    import ray
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from deployments.cluster import start_ray
+    from fathom.tuning.search import search
+    from fathom.tuning.study_points import volume
+
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    seen: list[Trial] = []
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("hypervolume {task.fields[volume]:.4f}"),
+    )  # fmt: skip
+    started = not ray.is_initialized()
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=2) as progress:
+        task = progress.add_task(study.name, total=study.total, volume=0.0)
+
+        def on_trials(new: Sequence[Trial]) -> None:
+            seen.extend(new)
+            progress.update(task, completed=len(seen), volume=volume(study, seen))
+            if runs is not None:
+                runs.add(new)
+
+        try:
+            if started:
+                start_ray(0)
+            return search(study, traces.parts, work_dir, parallel=parallel, on_trials=on_trials)
+        finally:
+            if started:
+                ray.shutdown()
+
+
+def _finish(study: Study, traces: Traces, trials: Sequence[Trial], out: Path) -> dict[str, Any]:
+    """Write the front as operating points, if there is one; returns the report."""
+    from fathom.tuning.study_points import front, front_rows, make_points, volume
+
+    rows: list[dict[str, Any]] = []
+    if front(study, trials):
+        points = make_points(study, traces, trials)
+        points.save(out)
+        rows = front_rows(study, trials, points)
+    return {
+        "study": study.as_dict(),
+        "trials": len(trials),
+        "hypervolume": volume(study, trials),
+        "front": rows,
+    }
+
+
+def _show(study: Study, report: Mapping[str, Any], out: Path) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.width = max(console.width, 110)
+    done = f"{study.name}: {report['trials']} trials in {report['seconds']:.1f} s"
+    if not report["front"]:
+        console.print(
+            f"{done}; none keeps to the constraints: loosen them, or widen the space.",
+            highlight=False,
+        )
+        return 1
+    table = Table(
+        title=f"{done}; hypervolume {report['hypervolume']:.4f}; figures of held-out requests",
+        title_justify="left",
+    )
+    for heading in ("point", "mode", "policy", "confidence", "λ or budget"):
+        table.add_column(heading)
+    for heading in ("stack", "agreement", "exits", "cost", "TPOT (ms)", "speed-up"):
+        table.add_column(heading, justify="right")
+    points = [row for row in report["front"] if row["point"]]
+    for row in points:
+        setting, own = row["setting"], row["held_out"]
+        place = setting.get("exit_threshold", setting.get("budget"))
+        table.add_row(
+            row["point"], setting["mode"], setting["policy"], setting["confidence"],
+            "follows" if place is None else f"{place:.3f}", str(setting["max_stack"]),
+            f"{own['agreement']:.2%}", f"{own['exit_rate']:.1%}", f"{own['budget']:.3f}",
+            f"{own['predicted_tpot_ms']:.2f}", f"{own['predicted_speedup']:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    if len(points) < len(report["front"]):
+        console.print(
+            f"{len(points)} of {len(report['front'])} on the front are kept as points (max_points)",
+            highlight=False,
+        )
+    console.print(f"{out}: serve it by `fathom serve --operating-points {out}`", highlight=False)
+    return 0

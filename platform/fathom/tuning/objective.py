@@ -1,0 +1,145 @@
+"""What a setting is worth: replayed on traces, at the costs that were measured with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from fathom.compute import AcceptMode, ComputePolicy, PolicyName
+from fathom.exits.bias import Method
+from fathom.exits.live import LivePolicies
+from fathom.tuning.adaptive_replay import live_thresholds
+from fathom.tuning.budget_replay import first_threshold, live_exits
+from fathom.tuning.replay import replay
+from fathom.tuning.rows import Bools, Measure, TraceRows
+from fathom.tuning.study import Objective, Study
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a setting gives, mean over the data sets.
+
+    Attributes:
+        quality: share of the output's tokens that are the full model's, in its own contexts.
+        budget: mean cost of a token by the depth at which it was decided, as a share of a full
+            one's; what verifying costs is in ``tpot_ms``.
+        tpot_ms: predicted time per output token, one sequence at a time. full_tpot_ms: of ``full``.
+        exit_rate: share of the output's tokens that were decided at the exit.
+    """
+
+    quality: float
+    budget: float
+    tpot_ms: float
+    full_tpot_ms: float
+    exit_rate: float
+
+    def losses(self, study: Study) -> list[float]:
+        """[objectives] to be made small: quality lost, budget, and tpot beside that of ``full``."""
+        values = {
+            Objective.QUALITY: 1 - self.quality,
+            Objective.BUDGET: self.budget,
+            Objective.TPOT: self.tpot_ms / self.full_tpot_ms,
+        }
+        return [values[Objective(name)] for name in study.objectives]
+
+    def violations(self, study: Study) -> dict[str, float]:
+        """By how much each constraint is missed; at most 0 where it is kept."""
+        own = study.constraints
+        found = {}
+        if own.max_quality_loss is not None:
+            found["max_quality_loss"] = 1 - self.quality - own.max_quality_loss
+        if own.max_tpot_ms is not None:
+            found["max_tpot_ms"] = self.tpot_ms - own.max_tpot_ms
+        return found
+
+
+def reference(study: Study) -> list[float]:
+    """[objectives] from which hypervolumes are measured: the most loss allowed, and mode ``full``.
+
+    Losses are shares, so that one box serves all models.
+    """
+    most = study.constraints.max_quality_loss
+    worst = {Objective.QUALITY: 1.0 if most is None else most}
+    return [worst.get(Objective(name), 1.0) for name in study.objectives]
+
+
+def compute_of(setting: Mapping[str, Any], exit_cost: float) -> ComputePolicy:
+    """The compute policy of a setting.
+
+    A budget below what the stack's cap allows is raised to the least that can be asked for: the
+    space need not know how the two depend on each other.
+    """
+    compute = ComputePolicy(**setting)
+    if compute.policy is PolicyName.BUDGET:
+        assert compute.budget is not None
+        least = math.ceil(1e4 * LivePolicies(exit_cost).least_budget(compute)) / 1e4
+        compute = ComputePolicy(**{**setting, "budget": max(compute.budget, least)})
+    compute.validate()
+    return compute
+
+
+def evaluate(setting: Mapping[str, Any], parts: Sequence[tuple[TraceRows, TraceRows]]) -> Figures:
+    """Replay a setting.
+
+    Args:
+        parts: by data set, the rows that a budget's first λ comes from, and those that count.
+    """
+    found = [_figures(setting, first, rows) for first, rows in parts]
+    names = Figures.__dataclass_fields__
+    table = np.array([[asdict(each)[name] for name in names] for each in found])
+    return Figures(**dict(zip(names, table.mean(axis=0).tolist(), strict=True)))
+
+
+def _figures(setting: Mapping[str, Any], first: TraceRows, rows: TraceRows) -> Figures:
+    source = rows.source
+    compute = compute_of(setting, source.exit_cost)
+    leaves = _leaves(compute, first, rows)
+    order = np.lexsort((rows.position, rows.groups))
+    groups = rows.groups[order]
+    agrees = rows.agrees[order].tolist()
+    found = replay(
+        leaves[order].astype(float).tolist(),  # sure or not: λ was applied row by row
+        agrees,
+        agrees,  # of the modes that hold drafts, exact alone is here: it keeps what agrees
+        [*(np.flatnonzero(np.diff(groups)) + 1).tolist(), len(groups)],
+        source.costs,
+        compute.mode,
+        0.5,
+        cap=compute.max_stack,
+    )
+    full_ms = 1e3 * (source.costs.shallow_full(1) + source.costs.deep(1))
+    return Figures(
+        quality=1.0 if compute.mode is AcceptMode.EXACT else 1 - found.wrong,
+        budget=1 - found.exits * (1 - source.exit_cost),
+        tpot_ms=full_ms / found.speedup,
+        full_tpot_ms=full_ms,
+        exit_rate=found.exits,
+    )
+
+
+def _leaves(compute: ComputePolicy, first: TraceRows, rows: TraceRows) -> Bools:
+    """[n] rows that would leave by the policy alone."""
+    measure = Measure(compute.confidence, compute.exit_temperature)
+    if compute.policy is PolicyName.BUDGET:
+        assert compute.budget is not None
+        start = first_threshold(first, measure, compute.budget)
+        return live_exits(rows, measure, compute.budget, first=start, max_stack=compute.max_stack)
+    confidence = measure.of(rows)
+    if compute.policy is PolicyName.ADAPTIVE:
+        thresholds, _ = live_thresholds(measure, confidence, rows.agrees, Method.EM)
+        return np.asarray(confidence > thresholds)
+    return np.asarray(confidence > compute.threshold)
+
+
+def first_rows(rows: TraceRows, count: int) -> TraceRows:
+    """Whole requests from the start, until there are so many rows; all of them for 0."""
+    if not count or len(rows) <= count:
+        return rows
+    names, index, sizes = np.unique(rows.groups, return_index=True, return_counts=True)
+    order = np.argsort(index)
+    enough = int(np.searchsorted(sizes[order].cumsum(), count)) + 1
+    return rows.select(np.isin(rows.groups, names[order][:enough]))

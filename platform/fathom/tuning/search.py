@@ -1,0 +1,266 @@
+"""A study's search by Ray Tune: settings are proposed here, and replayed on Ray's workers."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import ray
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from ray import tune
+from ray.tune.search.optuna import OptunaSearch
+
+from fathom.compute import PolicyName
+from fathom.tuning.ledger import Ledger, Trial
+from fathom.tuning.objective import Figures, evaluate
+from fathom.tuning.rows import TraceRows
+from fathom.tuning.study import COMMON, OWN, Dimension, Searcher, Setting, Study
+
+OnTrials = Callable[[Sequence[Trial]], None]
+Parts = Sequence[tuple[TraceRows, TraceRows]]
+
+_POLL_S = 0.5
+
+
+class SearchError(RuntimeError):
+    """A search that ended before all its trials were done."""
+
+
+def search(
+    study: Study, parts: Parts, work_dir: Path, *, parallel: int = 0, on_trials: OnTrials
+) -> list[Trial]:
+    """Run the trials that are not done yet; returns all of them, by number.
+
+    A trial that was begun when an earlier search was killed comes first, with its own setting. Ray
+    must be up. With more than one trial at a time, what Optuna proposes depends on which ends
+    first.
+
+    Args:
+        parts: see ``evaluate``. work_dir: holds the trials' files; the same for all workers.
+        parallel: most trials at a time; 0: one a core.
+        on_trials: is told of trials that are done, in groups, from another thread.
+
+    Raises:
+        SearchError: naming the first trial that failed, or saying that the search was interrupted.
+    """
+    ledger = Ledger(work_dir / "trials")
+    done = ledger.done()
+    if len(done) < study.total:
+        follower = _Follower(ledger, on_trials)
+        with follower:
+            failed = _run(study, parts, work_dir, ledger, done, parallel)
+        done = ledger.done()
+        if len(done) < study.total:
+            why = f": {failed}" if failed else " before its end"
+            raise SearchError(
+                f"the search stopped with {len(done)} of {study.total} trials done{why}. The same "
+                "command goes on from there."
+            )
+    else:
+        on_trials(done)
+    return done
+
+
+def _run(
+    study: Study, parts: Parts, work_dir: Path, ledger: Ledger, done: list[Trial], parallel: int
+) -> str:
+    """Run what is left; returns the first error's last line, or nothing."""
+    # Each trial would get files of three loggers else; the ledger is the record.
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    # The newer output prints a banner whatever `verbose` says; progress is ours to show.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    objectives = list(study.objectives)
+    resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    folder = str((work_dir / "trials").resolve())
+    trainable = tune.with_parameters(_Replay, study=study, parts=list(parts), folder=folder)
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, {"cpu": 1}),
+        tune_config=tune.TuneConfig(
+            search_alg=_Search(
+                study,
+                _Propose(study, ledger),
+                metric=objectives,
+                mode=["min"] * len(objectives),
+                sampler=_sampler(study, len(ledger.begun())),
+                storage=_prepared(study, ledger, done),
+                study_name=study.name,
+            ),
+            num_samples=study.total - len(done),
+            max_concurrent_trials=parallel or max(1, int(resources.get("CPU", 1))),
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name=f"{study.name}-{time.time_ns()}",
+            storage_path=str(work_dir.resolve() / "ray"),
+            verbose=0,
+        ),
+    )
+    errors = tuner.fit().errors
+    return str(errors[0]).strip().splitlines()[-1] if errors else ""
+
+
+class _Replay(tune.Trainable):
+    """One trial after the other, in a worker that keeps the traces."""
+
+    def setup(self, config: dict[str, Any], **fixed: Any) -> None:
+        self._study: Study = fixed["study"]
+        self._parts: Parts = fixed["parts"]
+        self._ledger = Ledger(Path(fixed["folder"]))
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        return True
+
+    def step(self) -> dict[str, Any]:
+        setting = {**self.config}
+        number = setting.pop("number")
+        # A killed search's worker may have come to its end meanwhile.
+        trial = self._ledger.result(number)
+        if trial is None:
+            start = time.perf_counter()
+            figures = evaluate(setting, self._parts)
+            trial = Trial(number, setting, figures, time.perf_counter() - start)
+            self._ledger.finish(trial)
+        losses = trial.figures.losses(self._study)
+        named = dict(zip(self._study.objectives, losses, strict=True))
+        return {**named, "figures": trial.figures, "done": True}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """A trial has nothing to go on from: it is run again, or done."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """See ``save_checkpoint``."""
+
+
+class _Propose:
+    """What Optuna calls for a new setting (define-by-run)."""
+
+    def __init__(self, study: Study, ledger: Ledger) -> None:
+        self._dimensions = study.space.dimensions()
+        self._ledger = ledger
+
+    def __call__(self, trial: Any) -> dict[str, Any]:
+        setting: Setting = {}
+        for name in COMMON:
+            setting[name] = _suggest(trial, name, self._dimensions[name])
+        for name in OWN[PolicyName(setting["policy"])]:
+            setting[name] = _suggest(trial, name, self._dimensions[name])
+        number = trial.user_attrs.get("number")
+        return {"number": self._ledger.begin(setting) if number is None else number}
+
+
+class _Search(OptunaSearch):
+    """OptunaSearch that says by how much constraints are missed."""
+
+    def __init__(self, study: Study, space: _Propose, **options: Any) -> None:
+        self._fathom = study
+        super().__init__(space, **options)
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        if result:
+            figures: Figures = result["figures"]
+            for name, value in figures.violations(self._fathom).items():
+                self._ot_trials[trial_id].set_constraint(name, value)
+        super().on_trial_complete(trial_id, result, error)
+
+
+def _distribution(dimension: Dimension) -> BaseDistribution:
+    if dimension.values:
+        return CategoricalDistribution(dimension.values)
+    if dimension.integer:
+        return IntDistribution(int(dimension.low), int(dimension.high))
+    return FloatDistribution(dimension.low, dimension.high)
+
+
+def _suggest(trial: Any, name: str, dimension: Dimension) -> Any:
+    if dimension.values:
+        return trial.suggest_categorical(name, dimension.values)
+    if dimension.integer:
+        return trial.suggest_int(name, int(dimension.low), int(dimension.high))
+    return trial.suggest_float(name, dimension.low, dimension.high)
+
+
+def _sampler(study: Study, begun: int) -> optuna.samplers.BaseSampler:
+    # A resumed search must not draw what it drew before.
+    seed = int(np.random.SeedSequence([study.seed, begun]).generate_state(1)[0])
+    if study.searcher is Searcher.OPTUNA:
+        return optuna.samplers.TPESampler(seed=seed)
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def _prepared(
+    study: Study, ledger: Ledger, done: Sequence[Trial]
+) -> optuna.storages.InMemoryStorage:
+    """Optuna's storage with the trials that are done, and those that must come next."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = optuna.storages.InMemoryStorage()
+    own = optuna.create_study(
+        storage=storage, study_name=study.name, directions=["minimize"] * len(study.objectives)
+    )
+    dimensions = study.space.dimensions()
+    for trial in done:
+        known = optuna.trial.create_trial(
+            params=trial.setting,
+            distributions={name: _distribution(dimensions[name]) for name in trial.setting},
+            values=trial.figures.losses(study),
+        )
+        for name, value in trial.figures.violations(study).items():
+            known.set_constraint(name, value)
+        own.add_trial(known)
+    finished = {trial.number for trial in done}
+    begun = ledger.begun()
+    for number, setting in begun.items():
+        if number not in finished:
+            own.enqueue_trial(setting, user_attrs={"number": number})
+    if study.searcher is Searcher.GRID:
+        for setting in list(study.grid())[len(begun) :]:
+            own.enqueue_trial(setting)
+    return storage
+
+
+class _Follower:
+    """Tells of trials as their files appear."""
+
+    def __init__(self, ledger: Ledger, on_trials: OnTrials) -> None:
+        self._ledger, self._on_trials = ledger, on_trials
+        self._told: frozenset[int] = frozenset()
+        self._stop = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._follow, name="fathom-tune", daemon=True)
+
+    def __enter__(self) -> _Follower:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._failure is None:
+            self._tell()
+        elif error[0] is None:
+            raise self._failure
+
+    def _follow(self) -> None:
+        try:
+            while not self._stop.wait(_POLL_S):
+                self._tell()
+        except BaseException as failure:  # it is raised where the search is waited for
+            self._failure = failure
+
+    def _tell(self) -> None:
+        new = self._ledger.done(self._told)
+        if new:
+            self._on_trials(new)
+            self._told |= {trial.number for trial in new}
