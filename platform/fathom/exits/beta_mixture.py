@@ -9,7 +9,10 @@ are latent.
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,6 +21,9 @@ from scipy.special import betaln, expit, psi, zeta
 from fathom.exits.histogram import ConfidenceHistogram, Kind
 
 Floats = NDArray[np.float64]
+Found = TypeVar("Found")
+Steps = Generator[None, None, Found]
+"""Work in small pieces, for who must not stop for long: each ``next`` does one."""
 
 ZETA = 0.4
 START = 0.9
@@ -46,10 +52,12 @@ class Beta:
     def log_density(self, x: ArrayLike) -> Floats:
         """Natural log of the density at x in (0, 1), clipped to [1e-4, 1 - 1e-4]."""
         at = np.clip(np.asarray(x, dtype=np.float64), _CLIP, 1 - _CLIP)
-        log_x, log_y = np.log(at), np.log1p(-at)
-        return np.asarray(
-            (self.alpha - 1) * log_x + (self.beta - 1) * log_y - betaln(self.alpha, self.beta)
-        )
+        return self._of_logs(np.log(at), np.log1p(-at))
+
+    def _of_logs(self, log_x: Floats, log_y: Floats) -> Floats:
+        """``log_density`` at x, from log x and log(1 - x)."""
+        shape = (self.alpha - 1) * log_x + (self.beta - 1) * log_y
+        return np.asarray(shape - betaln(self.alpha, self.beta))
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +152,31 @@ def fit_em(
     tolerance: float = 1e-5,
     most_iterations: int = 200,
 ) -> BetaMixture:
-    """Expectation-maximization of w f_agrees + (1 - w) f_disagrees.
+    """Fit by expectation-maximization; see ``em_steps``, whose pieces it does all at once."""
+    steps = em_steps(
+        histogram,
+        start,
+        least_rows=least_rows,
+        tolerance=tolerance,
+        most_iterations=most_iterations,
+    )
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            mixture: BetaMixture = done.value
+            return mixture
+
+
+def em_steps(
+    histogram: ConfidenceHistogram,
+    start: BetaMixture | None = None,
+    *,
+    least_rows: float = 20,
+    tolerance: float = 1e-5,
+    most_iterations: int = 200,
+) -> Steps[BetaMixture]:
+    """Expectation-maximization of w f_agrees + (1 - w) f_disagrees, in pieces.
 
     The E-step splits a row without a label by the posterior; labelled rows are what they are. That
     is right when, of two rows of one confidence, neither was likelier to be labelled for agreeing:
@@ -156,7 +188,12 @@ def fit_em(
     Args:
         start: a mixture fitted a little earlier, from where it is a few steps only.
         least_rows: weight of labelled rows below which it falls back.
-        tolerance: gain of the log likelihood a row at which it stops.
+        tolerance: gain of the log likelihood a row at which it stops. With all rows labelled one
+            iteration is exact.
+
+    Yields:
+        None between pieces of some ten microseconds. What the histogram holds at the first one is
+        what counts.
     """
     counts = histogram.counts
     rows = _totals(counts)
@@ -164,14 +201,16 @@ def fit_em(
     if labelled < least_rows:
         why = f"{labelled:.1f} rows were compared with the deep stage, {least_rows:g} are needed"
         return _fallback("em", rows, why)
-    x = np.clip(histogram.centres, _CLIP, 1 - _CLIP)
-    logs = np.stack([np.log(x), np.log1p(-x)])
+    logs = _logs_of_centres(histogram.bins)
     known, latent = counts[:2], counts[2]
     if start is None or start.fallback:
         parts, split = [Beta(1.0, 1.0), Beta(1.0, 1.0)], known  # labelled rows: the first guess
     else:
-        parts, chance = [start.disagrees, start.agrees], start.posterior(x)
-        split = known + latent * np.stack([1 - chance, chance])
+        parts = [start.disagrees, start.agrees]
+        split = known
+        if rows[2]:
+            split = known + latent * _shares(_joint(parts, start.weight, logs))
+    yield
     previous, log_likelihood, weight, iterations = -np.inf, -np.inf, 0.5, 0
     while iterations < most_iterations:
         iterations += 1
@@ -179,20 +218,44 @@ def fit_em(
         weight = float((masses[1] + _PRIOR_ROWS) / (masses.sum() + 2 * _PRIOR_ROWS))
         # Of the uniform density both means of logs are -1.
         means = (split @ logs.T - _PRIOR_ROWS) / (masses + _PRIOR_ROWS)[:, None]
-        parts = [_by_likelihood(m, part) for m, part in zip(means, parts, strict=True)]
-        joint = np.stack([part.log_density(x) for part in parts])
-        joint += np.log([1 - weight, weight])[:, None]
-        both = np.logaddexp(joint[0], joint[1])
-        log_likelihood = float((known * joint).sum() + (latent * both).sum())
+        low = yield from _by_likelihood(means[0], parts[0])
+        high = yield from _by_likelihood(means[1], parts[1])
+        parts = [low, high]
+        joint = _joint(parts, weight, logs)
+        log_likelihood = float((known * joint).sum())
+        if not rows[2]:
+            break  # every row is labelled: there is nothing to expect
+        log_likelihood += float((latent * np.logaddexp(joint[0], joint[1])).sum())
         penalized = log_likelihood + _log_prior(parts, weight)
         if penalized - previous < tolerance * sum(rows):
             break
         previous = penalized
-        split = known + latent * np.exp(joint - both)
+        split = known + latent * _shares(joint)
+        yield
     why = ""
     if parts[1].mean <= parts[0].mean:
         why = "rows that agree are not the more confident ones"
     return BetaMixture(parts[0], parts[1], weight, "em", rows, log_likelihood, iterations, why)
+
+
+@lru_cache(maxsize=8)
+def _logs_of_centres(bins: int) -> Floats:
+    """[2, bins]: log c and log(1 - c) of a histogram's centres."""
+    x = np.clip(ConfidenceHistogram(bins).centres, _CLIP, 1 - _CLIP)
+    return np.stack([np.log(x), np.log1p(-x)])
+
+
+def _joint(parts: list[Beta], weight: float, logs: Floats) -> Floats:
+    """[2, bins] log of weight times density, of rows that disagree and of those that agree."""
+    weights = (float(np.log1p(-weight)), float(np.log(weight)))
+    pairs = zip(parts, weights, strict=True)
+    return np.stack([part._of_logs(logs[0], logs[1]) + share for part, share in pairs])
+
+
+def _shares(joint: Floats) -> Floats:
+    """[2, bins] posterior probabilities of either class."""
+    chance = expit(joint[1] - joint[0])
+    return np.stack([1 - chance, chance])
 
 
 def _totals(counts: Floats) -> tuple[float, float, float]:
@@ -219,8 +282,8 @@ def _by_moments(x: Floats, weight: Floats) -> Beta | None:
     return Beta(alpha, alpha * (1 - mean) / mean)
 
 
-def _by_likelihood(means: Floats, start: Beta) -> Beta:
-    """Maximum likelihood from the means of log c and log(1 - c).
+def _by_likelihood(means: Floats, start: Beta) -> Steps[Beta]:
+    """Maximum likelihood from the means of log c and log(1 - c); yields after each step.
 
     The objective is concave in (alpha, beta), and Newton's steps are halved until it rises.
     """
@@ -249,6 +312,7 @@ def _by_likelihood(means: Floats, start: Beta) -> Beta:
             break
         moved = abs(new_a - a) / a + abs(new_b - b) / b
         a, b, now = new_a, new_b, new
+        yield
         if moved < 1e-7:
             break
     return Beta(a, b)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fathom.exits.beta_mixture import GRID, START, BetaMixture, fit_em, fit_moments
+from fathom.exits.beta_mixture import GRID, START, BetaMixture, Steps, em_steps, fit_moments
 from fathom.exits.budget import QuantileTracker
 from fathom.exits.histogram import ConfidenceHistogram, Kind
 
@@ -18,9 +18,11 @@ HALF_LIFE = 80.0
 tried, λ is where it belongs within 432 rows (`experiments/policies`); at 150, within 1,200."""
 
 REFIT = 64
-"""Rows between two fits of the mixture, so that a token's share of one is small."""
+"""Rows from one fit of the mixture to the next, so that a token's share of one is small. A fit is
+spread over rows, a piece at each, so that no token waits for all of it."""
 
 _HISTORY = 512
+_DONE = object()
 
 _LEVELS = np.linspace(0.05, 0.95, 19)
 """Quantiles that λ is chosen from, for measures that FREE's grid does not fit."""
@@ -62,6 +64,7 @@ class Observed:
         self._moments = estimator == "moments"
         self._by_quantiles = by_quantiles
         self._fitted_at = 0
+        self._fit: Steps[None] | None = None
 
     def add(self, confidence: float, agrees: bool | None) -> None:
         """Note one row; see ``ConfidenceHistogram.add_one``."""
@@ -82,23 +85,31 @@ class Observed:
         self._tracker.follow(self._all)
 
     def threshold(self, start: float | None) -> float:
-        """λ of policy ``adaptive``, fitted anew where enough was seen since the last time.
+        """λ of policy ``adaptive``; goes on with a fit where enough was seen since the last one.
 
         Args:
             start: what to take before there is a fit; None takes 0.9.
         """
-        if not 0 <= self._all.seen - self._fitted_at < REFIT:
+        if self._fit is None and not 0 <= self._all.seen - self._fitted_at < REFIT:
             self._fitted_at = self._all.seen
-            everything = self._all
-            self.mixture = (
-                fit_moments(everything) if self._moments else fit_em(everything, self.mixture)
-            )
-            grid = everything.quantile(_LEVELS) if self._by_quantiles else GRID
-            self.adaptive = self.mixture.threshold(grid=grid)
-            self.history.append((self._all.seen, self.adaptive))
+            self._fit = self._steps()
+        if self._fit is not None and next(self._fit, _DONE) is _DONE:
+            self._fit = None
         if start is not None and (self.mixture is None or self.mixture.fallback):
             return start
         return self.adaptive
+
+    def _steps(self) -> Steps[None]:
+        """Fit the mixture to what was seen by now, and take λ from it."""
+        everything = self._all
+        if self._moments:
+            self.mixture = fit_moments(everything)
+        else:
+            self.mixture = yield from em_steps(everything, self.mixture)
+        yield
+        grid = everything.quantile(_LEVELS) if self._by_quantiles else GRID
+        self.adaptive = self.mixture.threshold(grid=grid)
+        self.history.append((self._fitted_at, self.adaptive))
 
     def quantile(self, budget: float, exited: int, decided: int) -> float | None:
         """λ of policy ``budget``; see ``QuantileTracker.threshold``."""
