@@ -51,7 +51,8 @@ class TraceRows:
 
     Attributes:
         name: of the file. source: the engine that made it.
-        groups: [n] number of each row's request, from 0 in order of appearance.
+        requests: the requests' ids, in order of appearance.
+        groups: [n] number of each row's request: its place in ``requests``.
         position: [n] of the row in its sequence.
         agrees, exited, probe: [n]. gap, max_prob, saturation: [n] confidences at temperature 1.
         entropy: [n] in nats. best, second, deep: [n] logits. lse: [n, 16].
@@ -60,6 +61,7 @@ class TraceRows:
 
     name: str
     source: Source
+    requests: tuple[str, ...]
     groups: Integers
     position: Integers
     agrees: Bools
@@ -185,7 +187,7 @@ def read_rows(path: Path) -> TraceRows:
         raise ValueError(f"{path}: the trace has no rows: it was recorded without drafts.")
     metadata = {key.decode(): v.decode() for key, v in (table.schema.metadata or {}).items()}
     requests = table["request"].to_numpy()
-    _, first, inverse = np.unique(requests, return_index=True, return_inverse=True)
+    names, first, inverse = np.unique(requests, return_index=True, return_inverse=True)
     rank = np.empty(len(first), np.int64)
     rank[np.argsort(first)] = np.arange(len(first))
     hidden = None
@@ -200,6 +202,7 @@ def read_rows(path: Path) -> TraceRows:
     return TraceRows(
         name=path.name,
         source=_source(path, metadata),
+        requests=tuple(names[np.argsort(first)].tolist()),
         groups=rank[inverse],
         position=np.asarray(table["position"].to_numpy(), np.int64),
         agrees=np.asarray(table["agrees"].to_numpy(), bool),
