@@ -30,9 +30,13 @@ _STEP_SECONDS = (
 # Figures that only grow; whatever else an engine reports is a gauge.
 _COUNTERS = frozenset(
     {
+        "drafts_accepted",
+        "drafts_verified",
+        "exited_tokens",
         "flops",
         "flushes",
         "generation_tokens",
+        "layer_executions",
         "num_preemptions",
         "prefix_cache_hits",
         "prefix_cache_queries",
@@ -57,6 +61,10 @@ _HELP = {
     "flops": "Multiply-adds x 2 of everything run.",
     "flushes": "Deep passes.",
     "generation_tokens": "Tokens that this replica has generated.",
+    "exited_tokens": "Output tokens decided at the exit layer.",
+    "layer_executions": "Layer executions of output tokens, rejected drafts included.",
+    "drafts_verified": "Drafts that the deep stage has spoken on.",
+    "drafts_accepted": "Drafts that the deep stage agreed with.",
     "num_preemptions": "Requests recomputed because KV blocks ran out.",
     "exit_rate": "Share of output tokens decided at the exit layer, from 0 to 1.",
     "acceptance_rate": "Share of verified drafts that the deep stage agreed with, from 0 to 1.",
