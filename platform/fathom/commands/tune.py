@@ -41,6 +41,8 @@ study.yaml:
     max_stack: {low: 1, high: 16}
     exit_temperature: 1.0
   searcher: optuna                         # or random, or grid (grid_steps: 5)
+  scheduler: none                          # or asha, with one objective: drops trials on few rows
+  asha: {first_rows: 500, reduction_factor: 3}
   trials: 40
   seed: 0
   choose_share: 0.5                        # of the requests; the points are measured on the others

@@ -2,8 +2,9 @@
 
 Ray Tune keeps its own state too, but copies it file by file while it runs: a process that is killed
 can leave a searcher that knows other trials than the run does. So a trial is written down here
-before it runs, and its figures once they are there, each file whole or not at all; a resumed study
-is made from these files.
+before it runs, its figures at each rung if it climbs any, and those that count once they are there
+or a scheduler has stopped it, each file whole or not at all; a resumed study is made from these
+files.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ class Trial:
     """A trial that is done.
 
     Attributes:
-        seconds: of its replay.
+        seconds: of its replays.
+        rung: at which the scheduler stopped it, 0 the lowest; its figures are of that rung's rows.
+            None: they are of all rows.
     """
 
     number: int
     setting: Setting
     figures: Figures
     seconds: float
+    rung: int | None = None
 
 
 class Ledger:
@@ -46,8 +50,13 @@ class Ledger:
         _write(self._folder / f"{number:05d}.begun.json", {"setting": dict(setting)})
         return number
 
+    def note(self, trial: Trial) -> None:
+        """Note what a trial gave at a rung, from which it may go on."""
+        assert trial.rung is not None
+        _write(self._rung(trial.number, trial.rung), asdict(trial))
+
     def finish(self, trial: Trial) -> None:
-        """Note what a trial gave."""
+        """Note what a trial gave in the end."""
         _write(self._result(trial.number), asdict(trial))
 
     def begun(self) -> dict[int, Setting]:
@@ -70,6 +79,21 @@ class Ledger:
         """What a trial gave, if it is done."""
         path = self._result(number)
         return self._read(path) if path.exists() else None
+
+    def at_rung(self, number: int, rung: int) -> Trial | None:
+        """What a trial gave at a rung, if it has been there."""
+        path = self._rung(number, rung)
+        return self._read(path) if path.exists() else None
+
+    def climbed(self, trial: Trial) -> list[Trial]:
+        """What a trial that is done gave at each rung that it came to, from the lowest on."""
+        count = len(list(self._folder.glob(f"{trial.number:05d}.rung-*.json")))
+        found = [self.at_rung(trial.number, rung) for rung in range(count)]
+        below = [each for each in found if each is not None]
+        return below if trial.rung is not None else [*below, trial]
+
+    def _rung(self, number: int, rung: int) -> Path:
+        return self._folder / f"{number:05d}.rung-{rung}.json"
 
     def _result(self, number: int) -> Path:
         return self._folder / f"{number:05d}.done.json"

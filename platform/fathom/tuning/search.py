@@ -18,17 +18,18 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+from optuna.trial import TrialState
 from ray import tune
 from ray.tune.search.optuna import OptunaSearch
 
 from fathom.compute import PolicyName
+from fathom.tuning import asha
+from fathom.tuning.asha import Parts
 from fathom.tuning.ledger import Ledger, Trial
-from fathom.tuning.objective import Figures, evaluate
-from fathom.tuning.rows import TraceRows
-from fathom.tuning.study import COMMON, OWN, Dimension, Searcher, Setting, Study
+from fathom.tuning.objective import evaluate
+from fathom.tuning.study import COMMON, OWN, Dimension, Scheduler, Searcher, Setting, Study
 
 OnTrials = Callable[[Sequence[Trial]], None]
-Parts = Sequence[tuple[TraceRows, TraceRows]]
 
 _POLL_S = 0.5
 
@@ -83,12 +84,14 @@ def _run(
     objectives = list(study.objectives)
     resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     folder = str((work_dir / "trials").resolve())
-    trainable = tune.with_parameters(_Replay, study=study, parts=list(parts), folder=folder)
+    levels = asha.rungs(study, parts)
+    trainable = tune.with_parameters(_Replay, study=study, rungs=levels, folder=folder)
     tuner = tune.Tuner(
         tune.with_resources(trainable, {"cpu": 1}),
         tune_config=tune.TuneConfig(
             search_alg=_Search(
                 study,
+                ledger,
                 _Propose(study, ledger),
                 metric=objectives,
                 mode=["min"] * len(objectives),
@@ -96,6 +99,7 @@ def _run(
                 storage=_prepared(study, ledger, done),
                 study_name=study.name,
             ),
+            scheduler=asha.scheduler(study, len(levels), [ledger.climbed(trial) for trial in done]),
             num_samples=study.total - len(done),
             max_concurrent_trials=parallel or max(1, int(resources.get("CPU", 1))),
             reuse_actors=True,
@@ -115,25 +119,36 @@ class _Replay(tune.Trainable):
 
     def setup(self, config: dict[str, Any], **fixed: Any) -> None:
         self._study: Study = fixed["study"]
-        self._parts: Parts = fixed["parts"]
+        self._rungs: Sequence[Parts] = fixed["rungs"]
         self._ledger = Ledger(Path(fixed["folder"]))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         return True
 
     def step(self) -> dict[str, Any]:
+        """Replay the next rung, unless the ledger has it: a trial that was killed climbs again."""
         setting = {**self.config}
         number = setting.pop("number")
+        level = self.iteration
+        top = level + 1 == len(self._rungs)
         # A killed search's worker may have come to its end meanwhile.
-        trial = self._ledger.result(number)
+        trial = self._ledger.result(number) if top else self._ledger.at_rung(number, level)
         if trial is None:
             start = time.perf_counter()
-            figures = evaluate(setting, self._parts)
-            trial = Trial(number, setting, figures, time.perf_counter() - start)
-            self._ledger.finish(trial)
+            below = self._ledger.at_rung(number, level - 1) if level else None
+            figures = evaluate(setting, self._rungs[level])
+            seconds = time.perf_counter() - start + (below.seconds if below else 0.0)
+            trial = Trial(number, setting, figures, seconds, None if top else level)
+            if top:
+                self._ledger.finish(trial)
+            else:
+                self._ledger.note(trial)
         losses = trial.figures.losses(self._study)
         named = dict(zip(self._study.objectives, losses, strict=True))
-        return {**named, "figures": trial.figures, "done": True}
+        if self._study.scheduler is Scheduler.ASHA:
+            named[asha.SHARE] = self._study.asha.reduction_factor**level
+            named[asha.STANDING] = asha.standing(self._study, trial.figures)
+        return {**named, "trial": trial, "done": top}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """A trial has nothing to go on from: it is run again, or done."""
@@ -160,19 +175,25 @@ class _Propose:
 
 
 class _Search(OptunaSearch):
-    """OptunaSearch that says by how much constraints are missed."""
+    """OptunaSearch that says by how much constraints are missed, and which trials were stopped."""
 
-    def __init__(self, study: Study, space: _Propose, **options: Any) -> None:
-        self._fathom = study
+    def __init__(self, study: Study, ledger: Ledger, space: _Propose, **options: Any) -> None:
+        self._fathom, self._ledger = study, ledger
         super().__init__(space, **options)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         if result:
-            figures: Figures = result["figures"]
-            for name, value in figures.violations(self._fathom).items():
-                self._ot_trials[trial_id].set_constraint(name, value)
+            trial: Trial = result["trial"]
+            known = self._ot_trials[trial_id]
+            for name, value in trial.figures.violations(self._fathom).items():
+                known.set_constraint(name, value)
+            if trial.rung is not None:
+                # The scheduler has just stopped it; its figures are not those of all rows.
+                self._ledger.finish(trial)
+                known.report(*trial.figures.losses(self._fathom), step=trial.rung)
+                result = None  # which tells Optuna that it was pruned
         super().on_trial_complete(trial_id, result, error)
 
 
@@ -211,10 +232,14 @@ def _prepared(
     )
     dimensions = study.space.dimensions()
     for trial in done:
+        losses = trial.figures.losses(study)
+        at_rungs = {} if trial.rung is None else {trial.rung: losses[0]}
         known = optuna.trial.create_trial(
+            state=TrialState.PRUNED if at_rungs else TrialState.COMPLETE,
             params=trial.setting,
             distributions={name: _distribution(dimensions[name]) for name in trial.setting},
-            values=trial.figures.losses(study),
+            values=losses,
+            intermediate_values=at_rungs,
         )
         for name, value in trial.figures.violations(study).items():
             known.set_constraint(name, value)

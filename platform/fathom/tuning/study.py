@@ -42,6 +42,26 @@ class Searcher(StrEnum):
     GRID = "grid"
 
 
+class Scheduler(StrEnum):
+    """Which trials see all the rows."""
+
+    NONE = "none"  # all
+    ASHA = "asha"  # those that hold their own on few, for studies with one objective
+
+
+@dataclass(frozen=True, slots=True)
+class Asha:
+    """Asynchronous successive halving over rows; see ``fathom.tuning.asha``.
+
+    Attributes:
+        first_rows: of each trace at the lowest rung, at least.
+        reduction_factor: times so many rows at the next one, to which one in so many comes.
+    """
+
+    first_rows: int = 500
+    reduction_factor: int = 3
+
+
 @dataclass(frozen=True, slots=True)
 class Dimension:
     """The values of one field: some, or all between two.
@@ -143,6 +163,8 @@ class Study:
     constraints: Constraints = field(default_factory=Constraints)
     space: Space = field(default_factory=Space)
     searcher: Searcher = Searcher.OPTUNA
+    scheduler: Scheduler = Scheduler.NONE
+    asha: Asha = field(default_factory=Asha)
     trials: int = 40
     seed: int = 0
     grid_steps: int = 5
@@ -185,11 +207,24 @@ class Study:
             if value is not None and not (_is_number(value) and 0 < value <= high):
                 what = "a share of tokens in (0, 1]" if high == 1 else "milliseconds above 0"
                 raise ConfigError(f"constraints.{name} must be {what}, got {value!r}.")
+        self._check_scheduler()
         self.space.dimensions()
         if self.searcher is Searcher.GRID and (size := len(list(self.grid()))) > self.trials:
             raise ConfigError(
                 f"trials {self.trials} is too few for the grid, which has {size} settings: raise "
                 "trials, or lower grid_steps or the choices."
+            )
+
+    def _check_scheduler(self) -> None:
+        for name, low in (("first_rows", 1), ("reduction_factor", 2)):
+            check_at_least(self.asha, (name,), low, "asha.")
+            if not isinstance(value := getattr(self.asha, name), int):
+                raise ConfigError(f"asha.{name} must be an integer, got {value!r}.")
+        if self.scheduler is Scheduler.ASHA and len(self.objectives) > 1:
+            raise ConfigError(
+                f"scheduler asha compares trials by one objective, and objectives has "
+                f"{len(self.objectives)}: {list(self.objectives)!r}. Keep one of them and hold the "
+                "others by constraints, or take scheduler none."
             )
 
     @property
@@ -207,7 +242,11 @@ class Study:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, plain."""
-        return {**asdict(self), "searcher": self.searcher.value}
+        return {
+            **asdict(self),
+            "searcher": self.searcher.value,
+            "scheduler": self.scheduler.value,
+        }
 
 
 def load_study(path: Path) -> Study:

@@ -13,6 +13,7 @@ from fathom.compute import Confidence
 from fathom.exits.calibration import fit_temperature
 from fathom.exits.risk import losses
 from fathom.settings import ConfigError
+from fathom.tuning import asha
 from fathom.tuning.budget_replay import first_threshold
 from fathom.tuning.ledger import Trial
 from fathom.tuning.loss_table import grid
@@ -91,7 +92,9 @@ def read_traces(study: Study, folder: Path) -> Traces:
                 )
         choose.append(first_rows(halves[0], study.max_rows))
         rest.append(halves[1])
-    return Traces(paths, [digest(path) for path in paths], choose, rest)
+    traces = Traces(paths, [digest(path) for path in paths], choose, rest)
+    asha.rungs(study, traces.parts)  # says so now if they are too short
+    return traces
 
 
 def volume(study: Study, trials: Sequence[Trial]) -> float:
@@ -127,7 +130,9 @@ def spanning(study: Study, found: Sequence[Trial]) -> list[Trial]:
 
 
 def _kept(study: Study, trial: Trial) -> bool:
-    return all(value <= 0 for value in trial.figures.violations(study).values())
+    """Whether a trial counts: measured on all rows, and within the constraints."""
+    missed = trial.figures.violations(study).values()
+    return trial.rung is None and all(value <= 0 for value in missed)
 
 
 def make_points(study: Study, traces: Traces, trials: Sequence[Trial]) -> OperatingPoints:

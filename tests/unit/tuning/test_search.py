@@ -29,6 +29,7 @@ def searcher(study: Study, ledger: Ledger) -> _Search:
     objectives = list(study.objectives)
     return _Search(
         study,
+        ledger,
         _Propose(study, ledger),
         metric=objectives,
         mode=["min"] * len(objectives),
@@ -50,7 +51,7 @@ def finish(study: Study, search: _Search, ledger: Ledger, name: str, number: int
     trial = Trial(number, setting, Figures(quality, 0.5, 4.0, 8.0, 0.6), 0.1)
     ledger.finish(trial)
     named = dict(zip(study.objectives, trial.figures.losses(study), strict=True))
-    search.on_trial_complete(name, {**named, "figures": trial.figures})
+    search.on_trial_complete(name, {**named, "trial": trial})
     return trial
 
 
