@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from fathom.exits.load import LoadConfig
+from fathom.exits.shadow import ShadowConfig
 from fathom.pools import (
     DataPlaneConfig,
     DeepConfig,
@@ -40,6 +41,7 @@ __all__ = [
     "Router",
     "RoutingConfig",
     "ServeConfig",
+    "ShadowConfig",
     "Topology",
     "from_mapping",
     "load_yaml",
@@ -144,6 +146,12 @@ class ServeConfig:
             built, and replicas start only if it was measured on what they run.
         load_aware: under pressure, replicas take cheaper settings where requests allow it; off
             unless ``enabled``.
+        mlflow: MLflow tracking server, for studies, the registry of operating points, and what the
+            shadow finds; empty for none. Every node must reach it.
+        shadow: a share of the completions is compared with the full model; off unless its ``rate``
+            is above 0.
+        otlp_traces_endpoint: URL that traces of requests go to, by OTLP over HTTP
+            (``http://localhost:4318/v1/traces``); empty traces nothing.
         host, port: where HTTP binds. Without an API key only loopback addresses are allowed.
         num_ingress_replicas: processes that speak HTTP's side. Figures of requests in ``/metrics``
             are then one series each.
@@ -181,6 +189,9 @@ class ServeConfig:
     classifier: str = ""
     operating_points: str = ""
     load_aware: LoadConfig = field(default_factory=LoadConfig)
+    mlflow: str = ""
+    shadow: ShadowConfig = field(default_factory=ShadowConfig)
+    otlp_traces_endpoint: str = ""
     host: str = "127.0.0.1"
     port: int = 8000
     num_ingress_replicas: int = 1
@@ -263,6 +274,13 @@ class ServeConfig:
         self.data_plane.validate("data_plane.")
         self.routing.validate()
         self.load_aware.validate("load_aware.")
+        self.shadow.validate("shadow.")
+        url = self.otlp_traces_endpoint
+        if url and not url.startswith(("http://", "https://")):
+            raise ConfigError(
+                "otlp_traces_endpoint must be a URL of OTLP over HTTP, as "
+                f"http://localhost:4318/v1/traces, got {url!r}."
+            )
         if self.placement is Placement.BESIDE and self.deep.max_replicas:
             raise ConfigError(
                 "deep.max_replicas must be 0 with placement: beside, where every shallow replica "
