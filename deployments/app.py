@@ -22,6 +22,7 @@ from deployments.router import ROUTER
 from deployments.shallow import ShallowReplica
 from fathom.api.auth import check_bind, digests_from_env
 from fathom.api.compute import resolve_default
+from fathom.api.promotion import Promoted
 from fathom.config import Placement, PoolConfig, Router, ServeConfig, Topology, from_mapping
 from fathom.tuning.operating_points import OperatingPoints, load
 
@@ -31,6 +32,9 @@ INGRESS, FUSED, SHALLOW, DEEP, CLASSIFIER = "Ingress", "Engine", "Shallow", "Dee
 # The ingress counts requests (see HandleBackend); Serve's own limits, of 5 by default, must never
 # be what a request meets.
 UNLIMITED = 1_000_000
+AS_STARTED: Mapping[str, Any] = Promoted().as_dict()
+"""``user_config`` of a server on which nothing was promoted. Serve tells a replica nothing of one
+that is None, so a file deployed anew could not take a promotion back."""
 INGRESS_CPUS = 0.1
 
 
@@ -76,6 +80,7 @@ def build(config: ServeConfig | Mapping[str, Any]) -> Application:
         graceful_shutdown_wait_loop_s=0.25,
         graceful_shutdown_timeout_s=config.drain_s + 2,
         max_constructor_retry_count=1,
+        user_config=AS_STARTED,
     )(serve.ingress()(Ingress))
     if not config.classifier:
         return ingress.bind(engines, config, digests, None, points)
@@ -154,6 +159,7 @@ def _serving(kind: type, name: str, config: ServeConfig, **more: Any) -> serve.D
             request_router_class=ROUTER,  # type: ignore[arg-type]
             request_router_kwargs=dataclasses.asdict(config.routing),
         )
+    more["user_config"] = AS_STARTED
     return _deployment(kind, name, config, config.serving, ByRequests, **more)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client import Metric
@@ -17,8 +18,10 @@ from deployments.classify import HandleClassifier
 from deployments.handle_backend import REPORT_TIMEOUT_S, HandleBackend
 from deployments.journal import RayJournal
 from deployments.shared import end_if_deleted
+from deployments.takeover import ServeTakeover
 from fathom.api.app import create_app
 from fathom.api.convert import Defaults
+from fathom.api.promotion import promoted_of
 from fathom.api.service import Service
 from fathom.config import ServeConfig
 from fathom.models.resolve import resolve_model
@@ -74,6 +77,7 @@ class Ingress:
         self._classifier = None
         if classifier is not None:
             self._classifier = HandleClassifier(classifier, limit=config.max_requests)
+        self._takeover = ServeTakeover(engine, config.engine.compute)
         self._key_digests = tuple(key_digests)
         self._max_body_bytes = config.max_body_bytes
 
@@ -86,7 +90,16 @@ class Ingress:
             echo_request_id=False,  # Serve's proxy does
             all_metrics=self._all_metrics if self._siblings else None,
             classifier=self._classifier,
+            takeover=self._takeover,
         )
+
+    def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Called by Serve, at the start and after each promotion; see ``deployments.takeover``."""
+        self._service.take(promoted_of(user_config))
+
+    def points_revision(self) -> str:
+        """``Promoted.revision`` of the points that are at hand here."""
+        return self._service.promoted.revision
 
     def measured(self) -> tuple[str, list[Metric]]:
         """This ingress's name, and what it has measured."""

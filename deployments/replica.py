@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from typing import Any
 
 from ray import serve
 
@@ -19,10 +20,11 @@ from deployments.shared import end_if_deleted, open_store
 from deployments.watch import CallerWatch
 from fathom.api.backend import ExitState, ReplicaReport
 from fathom.api.local import LocalBackend
-from fathom.config import EngineConfig, PoolConfig, ServeConfig
+from fathom.api.promotion import promoted_of
+from fathom.config import ConfigError, EngineConfig, PoolConfig, ServeConfig
 from fathom.engine.engine import Engine
 from fathom.tuning.operating_points import OperatingPoints
-from fathom.types import InvalidRequest, Request, RequestOutput
+from fathom.types import ComputePolicy, InvalidRequest, Request, RequestOutput
 
 
 def engine_config(config: ServeConfig, pool: PoolConfig) -> EngineConfig:
@@ -56,6 +58,8 @@ class Replica:
 
         if points is not None:
             points.check(engine.info)
+        self._started = points
+        self._revision = ""
         engine.shift_under_load(config.load_aware, points.ladder() if points else ())
         self._engine = AsyncEngine(engine)
         self._callers = CallerWatch(self._engine.cancel)
@@ -102,6 +106,38 @@ class Replica:
     async def exit_state(self) -> ExitState:
         """What the exit policies here have seen; see ``Backend.exit_states``."""
         return await self._backend.exit_state()
+
+    async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Called by Serve, at the start and after each promotion; see ``deployments.takeover``.
+
+        Raises:
+            ConfigError: for points of another engine's; a replica that starts with such does not.
+        """
+        promoted = promoted_of(user_config)
+        points = promoted.current.points if promoted.current else self._started
+        if points is not None:
+            points.check(self._engine.info)
+        if promoted.revision != self._revision:
+            await self._engine.take_points(points.ladder() if points else ())
+            self._revision = promoted.revision
+
+    def points_revision(self) -> str:
+        """``Promoted.revision`` of the points that are at hand here."""
+        return self._revision
+
+    async def check_points(
+        self, points: OperatingPoints, compute: ComputePolicy
+    ) -> ConfigError | InvalidRequest | None:
+        """What would keep this engine from points and a default policy, if anything does.
+
+        Given, not raised: Serve logs what a call raises as a replica's failure.
+        """
+        try:
+            points.check(self._engine.info)
+            await self._engine.check_compute(compute)
+        except (ConfigError, InvalidRequest) as error:
+            return error
+        return None
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve: the requests here, running and waiting."""

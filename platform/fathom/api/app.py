@@ -19,8 +19,10 @@ from fathom.api.backend import BackendUnavailable
 from fathom.api.caller import Caller, RequestIdMiddleware, caller_of
 from fathom.api.classify import ClassifierBackend, add_classify_route, classifier_card
 from fathom.api.errors import install_error_handlers, model_not_found
-from fathom.api.exits import add_exit_routes
+from fathom.api.exits import add_exit_route
 from fathom.api.limits import BodyLimitMiddleware
+from fathom.api.points import add_point_routes
+from fathom.api.promotion import Takeover
 from fathom.api.schemas import ChatCompletionRequest, CompletionRequest
 from fathom.api.service import Answer, Service
 from fathom.api.sse import EventStream
@@ -38,6 +40,7 @@ def create_app(
     echo_request_id: bool = True,
     all_metrics: AllMetrics | None = None,
     classifier: ClassifierBackend | None = None,
+    takeover: Takeover | None = None,
 ) -> FastAPI:
     """Build the application.
 
@@ -48,6 +51,7 @@ def create_app(
         echo_request_id: put ``X-Request-Id`` on answers; not behind a proxy that does.
         all_metrics: where there are other ingresses than this one.
         classifier: what answers ``/v1/classify``, if anything.
+        takeover: how the server takes operating points over, if it can.
     """
     app = FastAPI(
         title="Fathom",
@@ -64,7 +68,8 @@ def create_app(
     if classifier is not None:
         add_classify_route(app, classifier)
     _add_model_routes(app, service, classifier)
-    add_exit_routes(app, service)
+    add_exit_route(app, service)
+    add_point_routes(app, service, takeover)
     _add_operator_routes(app, service, all_metrics)
     return app
 

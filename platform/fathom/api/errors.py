@@ -174,6 +174,32 @@ def stream_taken_over() -> ApiError:
     )
 
 
+def other_model(message: str) -> ApiError:
+    """409 for operating points that were measured on something else than what is served."""
+    return ApiError(409, message, param="points", code="other_model")
+
+
+def promoted_meanwhile() -> ApiError:
+    """409 for a promotion that another one has overtaken."""
+    return ApiError(
+        409,
+        "Another promotion or rollback came while this one was under way, and holds. See GET "
+        "/v1/operating_points, and ask again if need be.",
+        code="promoted_meanwhile",
+    )
+
+
+def not_all_yet(seconds: float) -> ApiError:
+    """504 for a promotion that some process has not heard of in time."""
+    return ApiError(
+        504,
+        f"Not every replica and ingress has the operating points after {seconds:g} s; those that "
+        "have not will get them as soon as they are up. Ask again to wait for them.",
+        kind="timeout_error",
+        code="takeover_pending",
+    )
+
+
 def as_api_error(error: BaseException) -> ApiError:
     """Any exception as an API error; an unknown one is logged and told to no client."""
     match error:

@@ -23,6 +23,7 @@ from fathom.api.backend import (
 from fathom.api.caller import LAST_EVENT_ID, Caller
 from fathom.api.errors import deadline_exceeded, model_not_found
 from fathom.api.journal import Journal
+from fathom.api.promotion import Promoted
 from fathom.api.prompts import Tokenizer
 from fathom.api.records import Endpoint, Plan
 from fathom.api.responses import Choice, Dialect, Style
@@ -32,7 +33,7 @@ from fathom.api.streams import Streams, body_digest
 from fathom.api.usage import usage_body
 from fathom.observability.metrics import RequestTimer, ServerMetrics
 from fathom.tuning.operating_points import OperatingPoints
-from fathom.types import InvalidRequest, Request
+from fathom.types import ComputePolicy, InvalidRequest, Request
 
 Answer = dict[str, Any] | AsyncGenerator[str, None]
 Result = TypeVar("Result")
@@ -47,6 +48,8 @@ class Service:
 
     Attributes:
         model_name: the name that clients ask for. metrics: what this service has measured.
+        promoted: the operating points that have been promoted here.
+        points_digest: of the operating points at hand; None without any.
     """
 
     def __init__(
@@ -64,7 +67,9 @@ class Service:
         self.metrics = ServerMetrics(model_name)
         self._backend = backend
         self._tokenizer = tokenizer
-        self._defaults = defaults
+        self._started = self._defaults = defaults
+        self.promoted = Promoted()
+        self.points_digest = defaults.points.digest if defaults.points else None
         self._isolate_tenants = isolate_tenants
         self._streams = Streams(backend, tokenizer, self.metrics, journal, keep_streams_s)
         self._info: ModelInfo | None = None
@@ -82,6 +87,28 @@ class Service:
     def points(self) -> OperatingPoints | None:
         """The operating points that requests can name, if there are any."""
         return self._defaults.points
+
+    @property
+    def default_compute(self) -> ComputePolicy:
+        """The policy of requests that name none."""
+        return self._defaults.compute
+
+    def take(self, promoted: Promoted) -> None:
+        """Give requests from now on what has been promoted.
+
+        Raises:
+            ConfigError: for a point that cannot be taken; nothing changes then.
+        """
+        own, started = promoted.current, self._started
+        if own is None:
+            points, compute, digest = started.points, started.compute, None
+            digest = points.digest if points else None
+        else:
+            points, digest = own.points, own.digest
+            compute = own.default_compute(started.compute)
+        self._defaults = dataclasses.replace(started, compute=compute, points=points)
+        self.points_digest = digest
+        self.promoted = promoted
 
     async def exit_states(self) -> Sequence[ExitState]:
         """What the exit policies of all replicas that answer have seen."""

@@ -14,7 +14,8 @@ from typing import Any
 from fathom.config import EngineConfig
 from fathom.engine.engine import Engine
 from fathom.engine.info import EngineInfo
-from fathom.types import Request, RequestOutput
+from fathom.exits.load import LadderPoints
+from fathom.types import ComputePolicy, Request, RequestOutput
 
 
 class EngineDead(RuntimeError):
@@ -107,6 +108,18 @@ class AsyncEngine:
             ValueError: for what is no snapshot.
         """
         await self._run_on_thread(lambda: self._engine.policies.merge(others))
+
+    async def check_compute(self, compute: ComputePolicy) -> None:
+        """See ``Engine.check_compute``.
+
+        Raises:
+            InvalidRequest: for a policy that cannot run here.
+        """
+        await self._run_on_thread(lambda: self._engine.check_compute(compute))
+
+    async def take_points(self, points: LadderPoints) -> None:
+        """See ``Engine.take_points``."""
+        await self._run_on_thread(lambda: self._engine.take_points(points))
 
     def stats(self) -> dict[str, float]:
         """The engine's figures after its last step."""

@@ -16,17 +16,20 @@ from fathom.engine.figures import figures, pressure
 from fathom.engine.flights import Answer, Flights
 from fathom.engine.info import EngineInfo
 from fathom.engine.output import confirm, take_output
-from fathom.engine.requests import check_request, new_sequences
+from fathom.engine.requests import check_request, check_stack, new_sequences
 from fathom.engine.resume import resume
 from fathom.engine.scheduler import Scheduler, ShallowWork
 from fathom.engine.sequence import Sequence
+from fathom.engine.shadowing import begin, tell_end
 from fathom.engine.shallow import ShallowStage
 from fathom.engine.text import DetokenizerFactory
 from fathom.engine.trace import TraceListener
 from fathom.exits.live import LivePolicies
 from fathom.exits.load import Ladder, LadderPoints, LoadConfig, LoadShift
+from fathom.exits.shadow import ShadowLog
 from fathom.ledger import Ledger
 from fathom.types import (
+    ComputePolicy,
     FinishReason,
     InvalidRequest,
     Request,
@@ -44,7 +47,8 @@ class Engine:
 
     Attributes:
         info: what it runs. ledger: the account of compute since it started.
-        policies: what the exit policies have seen.
+        policies: what the exit policies have seen. shadow: the completions that are compared with
+            the full model, or None.
         stage_costs: measured at the start. tokenizer: None where only token ids matter.
     """
 
@@ -88,6 +92,7 @@ class Engine:
             column_of=shallow.head.column_of,
         )
         self._load: LoadShift | None = None
+        self.shadow: ShadowLog | None = None
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> Engine:
@@ -126,7 +131,22 @@ class Engine:
             self._load = LoadShift(config, Ladder(points, self.policies.least_budget))
             self._shallow.load = self._load
 
+    def take_points(self, points: LadderPoints) -> None:
+        """Take other points under load; requests keep those that theirs is one of."""
+        if self._load is not None:
+            self._load.take(Ladder(points, self.policies.least_budget))
+
     # Requests
+
+    def check_compute(self, compute: ComputePolicy) -> None:
+        """Check that this engine can run a policy.
+
+        Raises:
+            InvalidRequest: naming the field, its value and the remedy.
+        """
+        compute.validate()
+        check_stack(compute, self._scheduler.max_rows)
+        self.policies.check(compute)
 
     def add_request(self, request: Request) -> None:
         """Queue a request; its outputs come from ``step``.
@@ -149,6 +169,8 @@ class Engine:
         family = new_sequences(request, self.info, self._next_seq_id, self._new_detokenizer)
         if request.resumed:
             resume(family, self.info, self.ledger)
+        if self.shadow is not None:
+            begin(self.shadow, family)
         self._next_seq_id += len(family)
         self._live[request.request_id] = family
         self._scheduler.waiting.append(family[0])
@@ -405,15 +427,7 @@ class Engine:
         # What was cut short was never checked for non-finite values.
         checked = seq.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
         self._scheduler.remove(seq, scrub=not checked)
-        # What was spent under load is nothing that later requests should make up for.
-        if checked and not seq.compute.load_shifted:
-            self.policies.completed(
-                seq.request.compute,
-                exited=seq.compute.exited,
-                decided=seq.compute.decided,
-                asked=seq.asked,
-                wrong=seq.wrong,
-            )
+        tell_end(seq, self.policies, self.shadow)
         family = self._live[seq.request.request_id]
         family.remove(seq)
         if not family:

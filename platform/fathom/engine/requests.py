@@ -9,7 +9,7 @@ from fathom.engine.resume import check_resumed
 from fathom.engine.scoring import PromptScores
 from fathom.engine.sequence import Sequence
 from fathom.engine.text import DetokenizerFactory, TextStream
-from fathom.types import InvalidRequest, Request, Resumed
+from fathom.types import ComputePolicy, InvalidRequest, Request, Resumed
 
 MAX_COMPLETIONS = 128
 
@@ -53,14 +53,23 @@ def check_request(
         )
     if request.sampling.stop and not has_tokenizer:
         raise InvalidRequest("stop strings need a tokenizer.", param="stop")
-    if request.compute.max_stack >= max_rows:
-        raise InvalidRequest(
-            f"max_stack must be below max_num_batched_tokens ({max_rows}), "
-            f"got {request.compute.max_stack}.",
-            param="max_stack",
-        )
+    check_stack(request.compute, max_rows)
     if request.resumed:
         check_resumed(request, info)
+
+
+def check_stack(compute: ComputePolicy, max_rows: int) -> None:
+    """Check that a stack with its last row fits into one pass.
+
+    Raises:
+        InvalidRequest: if it does not.
+    """
+    if compute.max_stack >= max_rows:
+        raise InvalidRequest(
+            f"max_stack must be below max_num_batched_tokens ({max_rows}), got "
+            f"{compute.max_stack}.",
+            param="max_stack",
+        )
 
 
 def new_sequences(

@@ -174,6 +174,10 @@ class Ladder:
         )
         self._least_budget = least_budget
 
+    def has(self, compute: ComputePolicy) -> bool:
+        """Whether a policy is one of the points."""
+        return any(_alike(each, compute) for each, _ in self._points)
+
     def down(self, compute: ComputePolicy, steps: int) -> Rung:
         """What is so many times cheaper than ``compute``, or as many times as there is."""
         rung = Rung(compute)
@@ -235,7 +239,8 @@ class LoadShift:
     ) -> None:
         self.enabled = config.enabled
         self._level = LoadLevel(config)
-        self._ladder = ladder or Ladder()
+        # Where to look: other points may come while requests run that asked for the old ones.
+        self._ladders: tuple[Ladder, ...] = (ladder or Ladder(),)
         self._clock = clock
         self._rungs: dict[ComputePolicy, Rung | None] = {}
 
@@ -243,6 +248,11 @@ class LoadShift:
     def level(self) -> int:
         """From 0, where every request gets what it asked for."""
         return self._level.level
+
+    def take(self, ladder: Ladder) -> None:
+        """Look at another ladder, and at the last one for what is a point of that one alone."""
+        self._ladders = (ladder, self._ladders[0])
+        self._rungs.clear()
 
     def update(self, pressure: Pressure) -> None:
         """Take in the pressure of this moment."""
@@ -257,7 +267,9 @@ class LoadShift:
         if compute not in self._rungs:
             if len(self._rungs) >= _REMEMBERED:
                 self._rungs.clear()
-            found = self._ladder.down(compute, self.level)
+            ladders = self._ladders
+            ladder = next((each for each in ladders if each.has(compute)), ladders[0])
+            found = ladder.down(compute, self.level)
             self._rungs[compute] = found if found.steps else None
         return self._rungs[compute]
 

@@ -9,6 +9,8 @@ or with another adapter, so the file names both by their digests, and ``check`` 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -210,10 +212,16 @@ class OperatingPoints:
             exit_threshold=threshold,
         )
 
-    def save(self, path: Path) -> None:
-        """Write the file, whole or not at all."""
+    @property
+    def digest(self) -> str:
+        """Sha256 of the content, in hexadecimal: equal for equal files, whatever their form."""
+        text = json.dumps(self.as_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The file's content, plain: what ``from_dict`` reads."""
         own = self.calibration
-        body = {
+        return {
             "version": VERSION,
             "measured_on": dataclasses.asdict(self.identity),
             "points": {
@@ -231,8 +239,11 @@ class OperatingPoints:
                 **encode_losses(own.losses),
             },
         }
+
+    def save(self, path: Path) -> None:
+        """Write the file, whole or not at all."""
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(yaml.safe_dump(body, sort_keys=False, width=100))
+        partial.write_text(yaml.safe_dump(self.as_dict(), sort_keys=False, width=100))
         partial.replace(path)
 
 
@@ -254,7 +265,18 @@ def load(path: Path) -> OperatingPoints:
     Raises:
         ConfigError: for a file that cannot be read, or naming the first field at fault.
     """
-    body = read_yaml(path)
+    return from_dict(read_yaml(path), str(path))
+
+
+def from_dict(body: Mapping[str, Any], path: str) -> OperatingPoints:
+    """Operating points from a file's content.
+
+    Args:
+        path: where the content is from, for errors.
+
+    Raises:
+        ConfigError: naming the first field at fault.
+    """
     if body.get("version") != VERSION:
         raise ConfigError(
             f"{path}: operating points of version {body.get('version')!r}, this version of Fathom "
@@ -263,7 +285,7 @@ def load(path: Path) -> OperatingPoints:
     try:
         table = body["calibration"]
         return OperatingPoints(
-            path=str(path),
+            path=path,
             identity=Identity(**body["measured_on"]),
             points={str(name): _point(path, str(name), v) for name, v in body["points"].items()},
             calibration=Calibration(
@@ -283,7 +305,7 @@ def load(path: Path) -> OperatingPoints:
         ) from error
 
 
-def _point(path: Path, name: str, body: Any) -> Point:
+def _point(path: str, name: str, body: Any) -> Point:
     where = f"{path}: points.{name}"
     if not isinstance(body, dict) or not isinstance(body.get("compute"), dict):
         raise ConfigError(f"{where}: needs compute: a map of fields of the compute policy.")

@@ -7,8 +7,8 @@ from starlette.testclient import TestClient
 from fathom.api.app import create_app
 from fathom.api.auth import digest
 from fathom.api.convert import Defaults
-from fathom.api.exits import points_body
 from fathom.api.local import LocalBackend
+from fathom.api.points import points_body
 from fathom.api.service import Service
 from fathom.engine.async_engine import AsyncEngine
 from fathom.models.tokenizer import Tokenizer
@@ -60,7 +60,10 @@ def test_both_routes_need_a_key(client: TestClient) -> None:
 
 
 def test_without_a_file_there_are_no_points(client: TestClient) -> None:
-    assert client.get("/v1/operating_points").json() == {"object": "list", "data": []}
+    assert client.get("/v1/operating_points").json() == {
+        "object": "list", "data": [],
+        "default": None, "since": None, "source": None, "digest": None, "can_roll_back": False,
+    }  # fmt: skip
 
 
 def test_points_are_listed_and_taken(engine: AsyncEngine, tokenizer: Tokenizer) -> None:
@@ -74,7 +77,11 @@ def test_points_are_listed_and_taken(engine: AsyncEngine, tokenizer: Tokenizer) 
     app = create_app(service, key_digests=[digest(KEY)], max_body_bytes=10_000)
     with TestClient(app, headers={"Authorization": f"Bearer {KEY}"}) as client:
         listed = client.get("/v1/operating_points").json()
-        assert listed == points_body(points)
+        assert listed == {
+            **points_body(points),
+            "default": None, "since": None, "source": "points.yaml", "digest": points.digest,
+            "can_roll_back": False,
+        }  # fmt: skip
         by_name = {each["id"]: each for each in listed["data"]}
         assert by_name["fast"]["reasoning_effort"] == "low"
         assert by_name["fast"]["measured"]["budget"] == 0.7
