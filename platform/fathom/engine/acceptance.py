@@ -86,7 +86,12 @@ class Acceptance:
                 epoch=seq.epoch,
             )
             if decision.best >= 0:
-                self._learn(seq, decision, agrees=decision.best == best)
+                agrees = decision.best == best
+                self._learn(seq, decision, agrees=agrees)
+                if seq.shadow is not None:
+                    # After copied keys and values the deep stage is not the full model.
+                    told = None if compute.copies_states else agrees
+                    seq.shadow.row(decision.confidence, agrees=told, stands=verdict.kept)
             if self.listener is not None and decision.notes is not None:
                 self.listener(record_of(seq, decision, choice, self._column_of))
             drafted = decision.token is not None

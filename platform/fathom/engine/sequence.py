@@ -17,6 +17,7 @@ from fathom.types import ComputeUsage, FinishReason, PolicyName, Request, Token
 
 if TYPE_CHECKING:
     from fathom.engine.trace import Notes
+    from fathom.exits.shadow import Notes as ShadowNotes
 
 
 @dataclass(slots=True)
@@ -77,6 +78,7 @@ class Sequence:
         shared_blocks: leading blocks that were offered to the KV store, or came from there.
         children: sequences of the same request that will share this one's prompt blocks.
         scores: of the prompt, where they are asked for; completion 0 alone has them.
+        shadow: what is noted of it where it is in the shadow (``exits.shadow``), else None.
     """
 
     seq_id: int
@@ -115,6 +117,7 @@ class Sequence:
     retriable: bool = False
     new_tokens: list[Token] = field(default_factory=list)
     compute: ComputeUsage = field(default_factory=ComputeUsage)
+    shadow: ShadowNotes | None = None
     added_at: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:

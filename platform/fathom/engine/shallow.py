@@ -139,7 +139,8 @@ class ShallowStage:
             if not seq.request.compute.drafts or seq.never_drafts:
                 continue
             answers = seq.shallow_len > seq.num_prompt and own == 1
-            if pause and answers and may_pause(seq) and not is_scout(seq):
+            scouts = is_scout(seq) or seq.shadow is not None
+            if pause and answers and may_pause(seq) and not scouts:
                 continue
             if lag <= spare:
                 places.append((seq, seq.exit_len, lag + own))
@@ -261,5 +262,7 @@ class ShallowStage:
             seq.copied.append(position)
             self._policies.observe(compute, confidence, None)  # no flush will look at it
             seq.asked += 1
+            if seq.shadow is not None:
+                seq.shadow.row(confidence, agrees=None, stands=True)
         self._ledger.enter_draft(seq.compute)
         return None

@@ -154,7 +154,7 @@ class PointWatch:
         self._latest: deque[tuple[float, list[float] | None]] = deque(maxlen=RETURN_AFTER)
         self._keep = 0.5 ** (1 / _HALF_LIFE)
         self._sums = np.zeros(4)  # tokens, wrong, exited, layer-tokens; decayed, as all below
-        self._by_bin = np.zeros((2, BINS))  # rows, and those that agree
+        self._by_bin = np.zeros((3, BINS))  # rows, those that were judged, those that agree
 
     def observe(self, completion: Shadowed) -> bool:
         """Take one completion into account; returns whether the alarm was raised or ended by it."""
@@ -172,9 +172,10 @@ class PointWatch:
             completion.layer_tokens,
         )
         self._by_bin *= self._keep
-        self._by_bin += (completion.rows, completion.agreed)
-        loss = completion.wrong / completion.decided
         compute = completion.compute
+        judged = [0] * BINS if compute.copies_states else completion.rows
+        self._by_bin += (completion.rows, judged, completion.agreed)
+        loss = completion.wrong / completion.decided
         name = measure_name(compute.confidence, compute.exit_temperature)
         tail = None
         if completion.asked and name == self.expected.measure:
@@ -231,7 +232,7 @@ class PointWatch:
         tokens, wrong, exited, layers = self._sums.tolist()
         some = max(tokens, 1e-9)
         expected = self.expected
-        rows, agreed = self._by_bin
+        _, judged, agreed = self._by_bin
         return {
             "completions": self.completions,
             "rows": self.rows,
@@ -253,7 +254,7 @@ class PointWatch:
             "by_confidence": [
                 {"from": low, "to": high, "rows": n, "agreement": a / n}
                 for low, high, n, a in zip(
-                    _GROUP_EDGES, _GROUP_EDGES[1:], *map(_grouped, (rows, agreed)), strict=False
+                    _GROUP_EDGES, _GROUP_EDGES[1:], *map(_grouped, (judged, agreed)), strict=False
                 )
                 if n > 0
             ],

@@ -80,12 +80,13 @@ class Shadowed:
         compute: its settings.
         asked: rows at which the exit head spoke. decided: tokens of the output.
         exited: tokens of the output that were decided at the exit.
-        wrong: those of them that are not the full model's greedy choice after the same text.
+        wrong: rows whose draft stands in the output and at which the head's best token is not the
+            full model's, after the same text.
         layer_tokens: layer executions x rows at decision rows, rejected drafts included.
         check_layer_tokens: the same for what was run only to check it; 0 where flushes tell.
         rows, agreed: [BINS] rows by confidence, and those of them at which the head's best token
-            is the full model's.
-        unread: what is to be scored before ``wrong`` and ``agreed`` are known, else None.
+            is the full model's; in mode ``copy`` that is not told by confidence.
+        unread: what is to be scored before ``wrong`` is known, else None.
     """
 
     point: str
