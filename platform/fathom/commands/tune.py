@@ -18,8 +18,8 @@ from fathom.commands.reports import check_output, machine, write_json
 if TYPE_CHECKING:
     from fathom.tuning.ledger import Trial
     from fathom.tuning.study import Study
-    from fathom.tuning.study_points import Traces
     from fathom.tuning.study_runs import StudyRuns
+    from fathom.tuning.study_traces import Traces
 
 _EXAMPLES = """\
   fathom generate --prompts p.jsonl --json a.jsonl --mode free --exit-threshold 1 --trace t.parquet
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     _check_installed(args.mlflow)
     for path in (args.json, args.out, args.work_dir):
         check_output(path)
-    from fathom.tuning.study_points import read_traces
+    from fathom.tuning.study_traces import read_traces
 
     traces = read_traces(study, args.study.resolve().parent)
     work_dir: Path = args.work_dir or Path(f"tune-{study.name}")
@@ -195,7 +195,8 @@ def _finish(study: Study, traces: Traces, trials: Sequence[Trial], out: Path) ->
     rows: list[dict[str, Any]] = []
     if front(study, trials):
         points = make_points(study, traces, trials)
-        points.save(out)
+        for name, own in points.items():
+            own.save(points_file(out, name))
         rows = front_rows(study, trials, points)
     return {
         "study": study.as_dict(),
@@ -203,6 +204,11 @@ def _finish(study: Study, traces: Traces, trials: Sequence[Trial], out: Path) ->
         "hypervolume": volume(study, trials),
         "front": rows,
     }
+
+
+def points_file(out: Path, name: str) -> Path:
+    """Where the points of an exit go; those of a study's only one are in ``out`` itself."""
+    return out.with_name(f"{out.stem}-{name}{out.suffix}") if name else out
 
 
 def _show(study: Study, report: Mapping[str, Any], out: Path) -> int:

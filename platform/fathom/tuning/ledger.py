@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fathom.tuning.objective import Figures
-from fathom.tuning.study import Setting
+from fathom.tuning.space import Setting
 
 
 @dataclass(frozen=True, slots=True)

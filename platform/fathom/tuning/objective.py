@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from fathom.tuning.budget_replay import first_threshold, live_exits
 from fathom.tuning.replay import replay
 from fathom.tuning.rows import Bools, Measure, TraceRows
 from fathom.tuning.study import Objective, Study
+from fathom.tuning.study_live import ONLY
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,8 @@ class Figures:
             one's; what verifying costs is in ``tpot_ms``.
         tpot_ms: predicted time per output token, one sequence at a time. full_tpot_ms: of ``full``.
         exit_rate: share of the output's tokens that were decided at the exit.
+        tokens_per_s: of all requests together; in a replay, of one sequence after its prompt.
+            full_tokens_per_s: of ``full``.
     """
 
     quality: float
@@ -36,6 +39,8 @@ class Figures:
     tpot_ms: float
     full_tpot_ms: float
     exit_rate: float
+    tokens_per_s: float = 0.0
+    full_tokens_per_s: float = 0.0
 
     def losses(self, study: Study) -> list[float]:
         """[objectives] to be made small: quality lost, budget, and tpot beside that of ``full``."""
@@ -44,6 +49,8 @@ class Figures:
             Objective.BUDGET: self.budget,
             Objective.TPOT: self.tpot_ms / self.full_tpot_ms,
         }
+        if Objective.THROUGHPUT in study.objectives:
+            values[Objective.THROUGHPUT] = self.full_tokens_per_s / self.tokens_per_s
         return [values[Objective(name)] for name in study.objectives]
 
     def violations(self, study: Study) -> dict[str, float]:
@@ -68,27 +75,36 @@ def reference(study: Study) -> list[float]:
 
 
 def compute_of(setting: Mapping[str, Any], exit_cost: float) -> ComputePolicy:
-    """The compute policy of a setting.
+    """The compute policy of a setting; what it says of the engine is left out.
 
     A budget below what the stack's cap allows is raised to the least that can be asked for: the
     space need not know how the two depend on each other.
     """
-    compute = ComputePolicy(**setting)
+    own = ComputePolicy.__dataclass_fields__
+    compute = ComputePolicy(**{name: value for name, value in setting.items() if name in own})
     if compute.policy is PolicyName.BUDGET:
         assert compute.budget is not None
         least = math.ceil(1e4 * LivePolicies(exit_cost).least_budget(compute)) / 1e4
-        compute = ComputePolicy(**{**setting, "budget": max(compute.budget, least)})
+        compute = replace(compute, budget=max(compute.budget, least))
     compute.validate()
     return compute
 
 
 def evaluate(setting: Mapping[str, Any], parts: Sequence[tuple[TraceRows, TraceRows]]) -> Figures:
-    """Replay a setting.
+    """Replay a setting on the rows of its exit.
 
     Args:
-        parts: by data set, the rows that a budget's first λ comes from, and those that count.
+        parts: by data set, the rows that a budget's first λ comes from, and those that count; of
+            all the study's exits.
     """
-    found = [_figures(setting, first, rows) for first, rows in parts]
+    exit_name = setting.get("exit", ONLY)
+    return mean_figures(
+        [_figures(setting, first, rows) for first, rows in parts if rows.exit == exit_name]
+    )
+
+
+def mean_figures(found: Sequence[Figures]) -> Figures:
+    """The mean of several data sets' figures, each of the same weight."""
     names = Figures.__dataclass_fields__
     table = np.array([[asdict(each)[name] for name in names] for each in found])
     return Figures(**dict(zip(names, table.mean(axis=0).tolist(), strict=True)))
@@ -118,7 +134,17 @@ def _figures(setting: Mapping[str, Any], first: TraceRows, rows: TraceRows) -> F
         tpot_ms=full_ms / found.speedup,
         full_tpot_ms=full_ms,
         exit_rate=found.exits,
+        tokens_per_s=1e3 * found.speedup / full_ms,
+        full_tokens_per_s=1e3 / full_ms,
     )
+
+
+def with_first_threshold(compute: ComputePolicy, rows: TraceRows) -> ComputePolicy:
+    """A policy ``budget`` with the λ that it has until it has seen enough; others as they are."""
+    if compute.budget is None or compute.exit_threshold is not None:
+        return compute
+    measure = Measure(compute.confidence, compute.exit_temperature)
+    return replace(compute, exit_threshold=first_threshold(rows, measure, compute.budget))
 
 
 def _leaves(compute: ComputePolicy, first: TraceRows, rows: TraceRows) -> Bools:

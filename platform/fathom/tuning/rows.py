@@ -22,6 +22,15 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Integers = NDArray[np.int64]
 
+SAME = (
+    ("weights_digest", "model"),
+    ("adapter_digest", "adapter"),
+    ("exit_layer", "exit layer"),
+    ("exit_vocab", "exit vocabulary"),
+    ("dtype", "dtype"),
+)
+"""Fields that engines must have in common for a confidence to mean the same, and their names."""
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -50,7 +59,8 @@ class TraceRows:
     """The rows of a trace, in its order: that in which the deep stage judged them.
 
     Attributes:
-        name: of the file. source: the engine that made it.
+        name: of the file. exit: what a study calls the exit that it is of; empty where it has but
+            one. source: the engine that made it.
         requests: the requests' ids, in order of appearance.
         groups: [n] number of each row's request: its place in ``requests``.
         position: [n] of the row in its sequence.
@@ -60,6 +70,7 @@ class TraceRows:
     """
 
     name: str
+    exit: str
     source: Source
     requests: tuple[str, ...]
     groups: Integers
@@ -201,6 +212,7 @@ def read_rows(path: Path) -> TraceRows:
     flat = table["lse"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return TraceRows(
         name=path.name,
+        exit="",
         source=_source(path, metadata),
         requests=tuple(names[np.argsort(first)].tolist()),
         groups=rank[inverse],

@@ -22,12 +22,12 @@ from optuna.trial import TrialState
 from ray import tune
 from ray.tune.search.optuna import OptunaSearch
 
-from fathom.compute import PolicyName
 from fathom.tuning import asha
 from fathom.tuning.asha import Parts
 from fathom.tuning.ledger import Ledger, Trial
 from fathom.tuning.objective import evaluate
-from fathom.tuning.study import COMMON, OWN, Dimension, Scheduler, Searcher, Setting, Study
+from fathom.tuning.space import Dimension, Setting
+from fathom.tuning.study import Scheduler, Searcher, Study
 
 OnTrials = Callable[[Sequence[Trial]], None]
 
@@ -161,15 +161,17 @@ class _Propose:
     """What Optuna calls for a new setting (define-by-run)."""
 
     def __init__(self, study: Study, ledger: Ledger) -> None:
-        self._dimensions = study.space.dimensions()
+        self._study = study
+        self._dimensions = study.dimensions()
         self._ledger = ledger
 
     def __call__(self, trial: Any) -> dict[str, Any]:
-        setting: Setting = {}
-        for name in COMMON:
-            setting[name] = _suggest(trial, name, self._dimensions[name])
-        for name in OWN[PolicyName(setting["policy"])]:
-            setting[name] = _suggest(trial, name, self._dimensions[name])
+        # What else there is to choose depends on the policy.
+        policy = _suggest(trial, "policy", self._dimensions["policy"])
+        setting: Setting = {"policy": policy}
+        for name in self._study.names(policy):
+            if name not in setting:
+                setting[name] = _suggest(trial, name, self._dimensions[name])
         number = trial.user_attrs.get("number")
         return {"number": self._ledger.begin(setting) if number is None else number}
 
@@ -230,7 +232,7 @@ def _prepared(
     own = optuna.create_study(
         storage=storage, study_name=study.name, directions=["minimize"] * len(study.objectives)
     )
-    dimensions = study.space.dimensions()
+    dimensions = study.dimensions()
     for trial in done:
         losses = trial.figures.losses(study)
         at_rungs = {} if trial.rung is None else {trial.rung: losses[0]}

@@ -10,20 +10,18 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from fathom.compute import AcceptMode, Confidence, PolicyName
+from fathom.compute import PolicyName
 from fathom.settings import ConfigError, check_at_least, from_mapping, read_yaml
-
-Setting = dict[str, Any]
-"""One place in the space: a value for each dimension that its policy has."""
-
-OWN = {
-    PolicyName.THRESHOLD: ("exit_threshold",),
-    PolicyName.BUDGET: ("budget",),
-    PolicyName.ADAPTIVE: (),
-}
-"""Policies that a trace can replay, with the dimensions that they alone have."""
-
-COMMON = ("mode", "policy", "confidence", "max_stack", "exit_temperature")
+from fathom.tuning.space import COMMON, ENGINE, OWN, Dimension, Setting, Space, is_number
+from fathom.tuning.study_live import (
+    ONLY,
+    Evaluation,
+    Exit,
+    Live,
+    check_exits,
+    read_exits,
+    tuples,
+)
 
 
 class Objective(StrEnum):
@@ -31,7 +29,8 @@ class Objective(StrEnum):
 
     QUALITY = "quality"  # share of tokens that are the full model's, up
     BUDGET = "budget"  # mean cost of a token as a share of a full one's, down
-    TPOT = "tpot"  # predicted time per output token, one sequence at a time, down
+    TPOT = "tpot"  # time per output token, down; predicted for one sequence at a time
+    THROUGHPUT = "throughput"  # tokens a second of an engine at work, up; with evaluate: live
 
 
 class Searcher(StrEnum):
@@ -63,74 +62,6 @@ class Asha:
 
 
 @dataclass(frozen=True, slots=True)
-class Dimension:
-    """The values of one field: some, or all between two.
-
-    Attributes:
-        values: the choices; empty for a range. low, high: of the range, both in it.
-    """
-
-    values: tuple[Any, ...] = ()
-    low: float = 0.0
-    high: float = 0.0
-
-    @property
-    def integer(self) -> bool:
-        """Whether a range holds whole numbers alone."""
-        return isinstance(self.low, int) and isinstance(self.high, int)
-
-    def steps(self, count: int) -> list[Any]:
-        """The choices, or so many values spread evenly over the range, ends included."""
-        if self.values:
-            return list(self.values)
-        if count == 1 or self.low == self.high:
-            return [self.low]
-        spread = [self.low + (self.high - self.low) * i / (count - 1) for i in range(count)]
-        return list(dict.fromkeys(round(v) for v in spread)) if self.integer else spread
-
-
-@dataclass(frozen=True, slots=True)
-class Space:
-    """Dimensions as written: a value, a list of values, or ``{low, high}``."""
-
-    mode: Any = ("exact", "free")
-    policy: Any = ("threshold",)
-    confidence: Any = ("softmax_gap",)
-    exit_threshold: Any = field(default_factory=lambda: {"low": 0.05, "high": 1.0})
-    budget: Any = field(default_factory=lambda: {"low": 0.5, "high": 1.0})
-    max_stack: Any = 8
-    exit_temperature: Any = 1.0
-
-    def dimensions(self) -> dict[str, Dimension]:
-        """The dimensions by name.
-
-        Raises:
-            ConfigError: naming the first that cannot be used, its value and the remedy.
-        """
-        found = {
-            name: _choices(name, getattr(self, name), kind, why)
-            for name, kind, why in (
-                ("mode", (AcceptMode.EXACT, AcceptMode.FREE), _WHY_MODE),
-                ("policy", tuple(OWN), _WHY_POLICY),
-                ("confidence", tuple(c for c in Confidence if c is not Confidence.META), _WHY_META),
-            )
-        }
-        for name, low, high in (
-            ("exit_threshold", 0.0, 1.0),
-            ("budget", 1e-9, 1.0),
-            ("max_stack", 1, 64),
-            ("exit_temperature", 0.25, 4.0),
-        ):
-            found[name] = _numbers(name, getattr(self, name), low, high)
-        return found
-
-
-_WHY_MODE = "what a trace says of them"
-_WHY_POLICY = "what a trace can replay; `fathom calibrate fit` certifies risks"
-_WHY_META = "measures that a trace holds"
-
-
-@dataclass(frozen=True, slots=True)
 class Constraints:
     """What a setting must keep to be taken.
 
@@ -148,7 +79,10 @@ class Study:
     """A study.
 
     Attributes:
-        traces: files, relative to the study's own. They name the model and the adapter.
+        traces: files, relative to the study's own. They name the model and the adapter. A study of
+            several exits has none here, and ``exits`` by name.
+        evaluate: how trials are measured. finalists: points of the front that are run live once
+            the search is over, those that span it best, where there are ``live.prompts``.
         trials: settings to try; a grid has as many as its size, and at most these.
         grid_steps: values of a range in a grid.
         choose_share: of each trace's requests that trials are replayed on; the points of the front
@@ -159,6 +93,10 @@ class Study:
 
     name: str = ""
     traces: tuple[str, ...] = ()
+    exits: dict[str, Exit] = field(default_factory=dict)
+    evaluate: Evaluation = Evaluation.REPLAY
+    live: Live = field(default_factory=Live)
+    finalists: int = 4
     objectives: tuple[str, ...] = ("quality", "budget", "tpot")
     constraints: Constraints = field(default_factory=Constraints)
     space: Space = field(default_factory=Space)
@@ -180,11 +118,10 @@ class Study:
         """
         if not isinstance(self.name, str) or not self.name or "/" in self.name:
             raise ConfigError(f"name must be a word that names the study, got {self.name!r}.")
-        traces = _list("traces", self.traces, "files of `fathom generate --trace`")
-        if not all(isinstance(each, str) for each in traces):
-            raise ConfigError(f"traces must be names of files, got {list(traces)!r}.")
-        if twice := {Path(each).name for each in traces if _count(each, traces) > 1}:
-            raise ConfigError(f"traces: {min(twice)!r} is there twice; name each data set once.")
+        if self.exits and self.traces:
+            raise ConfigError("traces: each of exits has its own; leave these out.")
+        check_exits(self.exits_by_name)
+        self.live.check(len(next(iter(self.exits_by_name.values())).traces))
         known = ", ".join(Objective)
         for each in _list("objectives", self.objectives, known):
             if each not in list(Objective):
@@ -192,11 +129,11 @@ class Study:
         if len(set(self.objectives)) < len(self.objectives):
             raise ConfigError(f"objectives: one is there twice in {list(self.objectives)!r}.")
         check_at_least(self, ("trials", "grid_steps", "max_points"), 1)
-        check_at_least(self, ("seed", "max_rows"), 0)
-        for name in ("trials", "grid_steps", "max_points", "seed", "max_rows"):
+        check_at_least(self, ("seed", "max_rows", "finalists"), 0)
+        for name in ("trials", "grid_steps", "max_points", "seed", "max_rows", "finalists"):
             if not isinstance(getattr(self, name), int):
                 raise ConfigError(f"{name} must be an integer, got {getattr(self, name)!r}.")
-        if not _is_number(self.choose_share) or not 0 < self.choose_share < 1:
+        if not is_number(self.choose_share) or not 0 < self.choose_share < 1:
             raise ConfigError(
                 f"choose_share must be a share of the requests between 0 and 1, got "
                 f"{self.choose_share!r}."
@@ -204,11 +141,11 @@ class Study:
         own = self.constraints
         for name, high in (("max_quality_loss", 1.0), ("max_tpot_ms", math.inf)):
             value = getattr(own, name)
-            if value is not None and not (_is_number(value) and 0 < value <= high):
+            if value is not None and not (is_number(value) and 0 < value <= high):
                 what = "a share of tokens in (0, 1]" if high == 1 else "milliseconds above 0"
                 raise ConfigError(f"constraints.{name} must be {what}, got {value!r}.")
         self._check_scheduler()
-        self.space.dimensions()
+        self._check_evaluation()
         if self.searcher is Searcher.GRID and (size := len(list(self.grid()))) > self.trials:
             raise ConfigError(
                 f"trials {self.trials} is too few for the grid, which has {size} settings: raise "
@@ -227,6 +164,50 @@ class Study:
                 "others by constraints, or take scheduler none."
             )
 
+    def _check_evaluation(self) -> None:
+        dimensions = self.space.dimensions()
+        if self.evaluate is Evaluation.LIVE:
+            if not self.live.prompts:
+                raise ConfigError(
+                    "live.prompts must name the prompts that the traces were recorded from, with "
+                    "evaluate: live."
+                )
+            if self.scheduler is Scheduler.ASHA:
+                raise ConfigError(
+                    "scheduler asha begins trials on few rows of a trace, and evaluate: live has "
+                    "none: take scheduler none, or evaluate: replay."
+                )
+            return
+        for name in ENGINE:
+            if not dimensions[name].single:
+                raise ConfigError(
+                    f"space.{name} has several values, which a replay cannot tell apart: take "
+                    "evaluate: live, or one value."
+                )
+        if Objective.THROUGHPUT in self.objectives:
+            raise ConfigError(
+                "objectives: throughput is of an engine with several requests, which a replay does "
+                "not have: take evaluate: live, or tpot."
+            )
+
+    @property
+    def exits_by_name(self) -> dict[str, Exit]:
+        """All exits; that of a study which names none is called ``ONLY``."""
+        return self.exits or {ONLY: Exit(self.traces)}
+
+    def dimensions(self) -> dict[str, Dimension]:
+        """Dimensions of a trial by name, those that one policy alone has among them."""
+        found = self.space.dimensions()
+        if self.exits:
+            found["exit"] = Dimension(values=tuple(self.exits))
+        return found
+
+    def names(self, policy: str) -> list[str]:
+        """Names of a trial's dimensions under a policy."""
+        exits = ["exit"] if self.exits else []
+        engine = ENGINE if self.evaluate is Evaluation.LIVE else ()
+        return [*exits, *COMMON, *engine, *OWN[PolicyName(policy)]]
+
     @property
     def total(self) -> int:
         """Trials that the study takes."""
@@ -234,9 +215,9 @@ class Study:
 
     def grid(self) -> Iterator[Setting]:
         """All settings of the grid; a policy has its own dimensions and no others."""
-        dimensions = self.space.dimensions()
+        dimensions = self.dimensions()
         for policy in dimensions["policy"].values:
-            names = [name for name in COMMON if name != "policy"] + list(OWN[PolicyName(policy)])
+            names = [name for name in self.names(policy) if name != "policy"]
             for values in product(*(dimensions[n].steps(self.grid_steps) for n in names)):
                 yield {"policy": policy, **dict(zip(names, values, strict=True))}
 
@@ -258,9 +239,11 @@ def load_study(path: Path) -> Study:
     body = dict(read_yaml(path))
     body.setdefault("name", path.stem)
     try:
-        for name in ("traces", "objectives"):
-            if isinstance(value := body.get(name), list):
-                body[name] = tuple(value)
+        body = tuples(body, "traces", "objectives")
+        if "exits" in body:
+            body["exits"] = read_exits(body["exits"])
+        if isinstance(live := body.get("live"), Mapping):
+            body["live"] = tuples(live, "prompts")
         study = from_mapping(Study, body)
         study.validate()
     except ConfigError as error:
@@ -273,43 +256,3 @@ def _list(name: str, value: Any, what: str) -> tuple[Any, ...]:
         shown = list(value) if isinstance(value, tuple) else value
         raise ConfigError(f"{name} must be a list of {what}, got {shown!r}.")
     return value
-
-
-def _count(name: str, names: tuple[str, ...]) -> int:
-    return sum(Path(each).name == Path(name).name for each in names)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _choices(name: str, value: Any, known: tuple[StrEnum, ...], why: str) -> Dimension:
-    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    for each in values or (None,):
-        if each not in known:
-            raise ConfigError(
-                f"space.{name} must be some of {', '.join(known)} ({why}), got {each!r}."
-            )
-    return Dimension(values=tuple(str(each) for each in dict.fromkeys(values)))
-
-
-def _numbers(name: str, value: Any, low: float, high: float) -> Dimension:
-    """A dimension of numbers in [low, high], whole ones where ``low`` is."""
-    where = f"space.{name}"
-    if isinstance(value, Mapping):
-        if set(value) != {"low", "high"}:
-            raise ConfigError(f"{where} must be {{low: A, high: B}}, got {dict(value)!r}.")
-        numbers: tuple[Any, ...] = (value["low"], value["high"])
-    else:
-        numbers = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    whole = isinstance(low, int)
-    kind = "integers" if whole else "numbers"
-    for each in numbers or (None,):
-        if not _is_number(each) or not low <= each <= high or (whole and each != int(each)):
-            raise ConfigError(f"{where} must be {kind} in [{low:g}, {high:g}], got {each!r}.")
-    numbers = tuple(int(each) if whole else float(each) for each in numbers)
-    if not isinstance(value, Mapping):
-        return Dimension(values=tuple(dict.fromkeys(numbers)))
-    if numbers[0] > numbers[1]:
-        raise ConfigError(f"{where}.low {numbers[0]} is above high {numbers[1]}: swap them.")
-    return Dimension(low=numbers[0], high=numbers[1])

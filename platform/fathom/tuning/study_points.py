@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from pathlib import Path
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,89 +12,16 @@ import numpy as np
 from fathom.compute import Confidence
 from fathom.exits.calibration import fit_temperature
 from fathom.exits.risk import losses
-from fathom.settings import ConfigError
-from fathom.tuning import asha
-from fathom.tuning.budget_replay import first_threshold
 from fathom.tuning.ledger import Trial
 from fathom.tuning.loss_table import grid
-from fathom.tuning.objective import Figures, compute_of, evaluate, first_rows, reference
+from fathom.tuning.objective import Figures, compute_of, evaluate, reference, with_first_threshold
 from fathom.tuning.operating_points import Calibration, Identity, OperatingPoints, Point
 from fathom.tuning.pareto import hypervolume, on_front
-from fathom.tuning.points_fit import digest
-from fathom.tuning.rows import Measure, TraceRows, read_rows
+from fathom.tuning.rows import Measure
+from fathom.tuning.space import ENGINE
 from fathom.tuning.study import Study
-
-_SAME = (
-    ("weights_digest", "model"),
-    ("adapter_digest", "adapter"),
-    ("exit_layer", "exit layer"),
-    ("exit_vocab", "exit vocabulary"),
-    ("dtype", "dtype"),
-)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Traces:
-    """A study's data sets.
-
-    Attributes:
-        paths: of the files. digests: their sha256, in the same order.
-        choose: rows that trials are replayed on. rest: of the other requests, all of them.
-    """
-
-    paths: list[Path]
-    digests: list[str]
-    choose: list[TraceRows]
-    rest: list[TraceRows]
-
-    @property
-    def parts(self) -> list[tuple[TraceRows, TraceRows]]:
-        """What ``evaluate`` takes for a trial."""
-        return [(rows, rows) for rows in self.choose]
-
-    @property
-    def held_out(self) -> list[tuple[TraceRows, TraceRows]]:
-        """What ``evaluate`` takes to measure a point."""
-        return list(zip(self.choose, self.rest, strict=True))
-
-
-def read_traces(study: Study, folder: Path) -> Traces:
-    """Read a study's traces and hold requests out.
-
-    Args:
-        folder: of the study's file.
-
-    Raises:
-        ConfigError: for a trace that cannot be used, or of another engine than the first.
-    """
-    paths = [folder / name for name in study.traces]
-    choose, rest = [], []
-    first: TraceRows | None = None
-    for path in paths:
-        try:
-            rows = read_rows(path)
-            halves = rows.halves(study.seed, study.choose_share)
-        except ValueError as error:
-            raise ConfigError(f"traces: {error}") from error
-        if left := int(rows.exited.sum()):
-            raise ConfigError(
-                f"traces: {path}: {left} of {len(rows)} rows left at the exit when it was "
-                "recorded, so a threshold has chosen its rows: record it with --mode free "
-                "--exit-threshold 1."
-            )
-        first = rows if first is None else first
-        for name, what in _SAME:
-            one, other = getattr(first.source, name), getattr(rows.source, name)
-            if one != other:
-                raise ConfigError(
-                    f"traces: {path} is of another {what} than {paths[0]} ({name} {other!r}, "
-                    f"not {one!r}): a study is of one engine; trace both with it."
-                )
-        choose.append(first_rows(halves[0], study.max_rows))
-        rest.append(halves[1])
-    traces = Traces(paths, [digest(path) for path in paths], choose, rest)
-    asha.rungs(study, traces.parts)  # says so now if they are too short
-    return traces
+from fathom.tuning.study_live import ONLY
+from fathom.tuning.study_traces import Traces
 
 
 def volume(study: Study, trials: Sequence[Trial]) -> float:
@@ -135,33 +62,50 @@ def _kept(study: Study, trial: Trial) -> bool:
     return trial.rung is None and all(value <= 0 for value in missed)
 
 
-def make_points(study: Study, traces: Traces, trials: Sequence[Trial]) -> OperatingPoints:
-    """The front as operating points, measured on the held-out requests.
-
-    Points are named ``front-1`` and so on, from the least quality lost; see ``spanning``.
+def point_names(study: Study, trials: Sequence[Trial]) -> dict[int, str]:
+    """Names of the operating points by trial: ``front-1`` and so on, from the least quality lost;
+    see ``spanning``.
     """
+    found = spanning(study, front(study, trials))
+    return {trial.number: f"front-{place}" for place, trial in enumerate(found, 1)}
+
+
+def make_points(
+    study: Study, traces: Traces, trials: Sequence[Trial]
+) -> dict[str, OperatingPoints]:
+    """The front as operating points, measured on the held-out requests, by the exit they are of.
+
+    A file of points belongs to one engine, so the points of two exits go to two files.
+    """
+    names = point_names(study, trials)
+    found: dict[str, dict[str, Point]] = {}
+    for trial in (trial for trial in front(study, trials) if trial.number in names):
+        exit_name, name = trial.setting.get("exit", ONLY), names[trial.number]
+        own = traces.of(exit_name)
+        rows = own.choose[0]
+        compute = with_first_threshold(compute_of(trial.setting, rows.source.exit_cost), rows)
+        engine = {key: value for key, value in trial.setting.items() if key in ENGINE}
+        needs = f", with {json.dumps(engine)}" if engine else ""
+        found.setdefault(exit_name, {})[name] = Point(
+            dataclasses.replace(compute, operating_point=name),
+            _measured(evaluate(trial.setting, own.held_out), own),
+            f"trial {trial.number} of study {study.name}{needs}",
+        )
+    return {
+        name: OperatingPoints("", _identity(own), points, _calibration(study, own))
+        for name, points in found.items()
+        for own in (traces.of(name),)
+    }
+
+
+def _identity(traces: Traces) -> Identity:
     source = traces.choose[0].source
     fields = Identity.__dataclass_fields__
-    identity = Identity(
+    return Identity(
         **{name: getattr(source, name) for name in fields if hasattr(source, name)},
         trace=" ".join(path.name for path in traces.paths),
         trace_sha256=" ".join(traces.digests),
     )
-    points = {}
-    for place, trial in enumerate(spanning(study, front(study, trials)), 1):
-        name = f"front-{place}"
-        compute = compute_of(trial.setting, source.exit_cost)
-        if compute.budget is not None and compute.exit_threshold is None:
-            measure = Measure(compute.confidence, compute.exit_temperature)
-            first = first_threshold(traces.choose[0], measure, compute.budget)
-            compute = dataclasses.replace(compute, exit_threshold=first)
-        figures = evaluate(trial.setting, traces.held_out)
-        points[name] = Point(
-            dataclasses.replace(compute, operating_point=name),
-            _measured(figures, traces),
-            f"trial {trial.number} of study {study.name}",
-        )
-    return OperatingPoints("", identity, points, _calibration(study, traces))
 
 
 def _measured(figures: Figures, traces: Traces) -> dict[str, float]:
@@ -197,25 +141,29 @@ def _calibration(study: Study, traces: Traces) -> Calibration:
 
 
 def front_rows(
-    study: Study, trials: Sequence[Trial], points: OperatingPoints
+    study: Study, trials: Sequence[Trial], points: Mapping[str, OperatingPoints]
 ) -> list[dict[str, Any]]:
-    """The whole front as a report holds it: settings, and the replay's figures.
+    """The whole front as a report holds it: settings, and the trials' own figures.
 
     Those that became operating points have their name and the figures of held-out requests, the
     others None.
+
+    Args:
+        points: see ``make_points``.
     """
-    found = front(study, trials)
-    names = dict(zip((t.number for t in spanning(study, found)), points.points, strict=True))
+    names = point_names(study, trials)
     rows: list[dict[str, Any]] = []
-    for trial in found:
+    for trial in front(study, trials):
         name = names.get(trial.number)
+        own = points.get(trial.setting.get("exit", ONLY))
+        held_out = None if name is None or own is None else dict(own.points[name].measured)
         rows.append(
             {
                 "point": name,
                 "trial": trial.number,
                 "setting": trial.setting,
                 **dataclasses.asdict(trial.figures),
-                "held_out": None if name is None else dict(points.points[name].measured),
+                "held_out": held_out,
             }
         )
     return rows

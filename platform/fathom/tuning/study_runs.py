@@ -13,7 +13,8 @@ from fathom import __version__
 from fathom.training.tracking import Tracker
 from fathom.tuning.ledger import Trial
 from fathom.tuning.study import Study
-from fathom.tuning.study_points import Traces, front, volume
+from fathom.tuning.study_points import front, volume
+from fathom.tuning.study_traces import Traces
 
 EXPERIMENT = "fathom-tune"
 

@@ -22,7 +22,8 @@ from fathom.tuning.objective import Figures
 from fathom.tuning.rows import TraceRows, read_rows
 from fathom.tuning.search import _prepared, _Propose, _Replay, _sampler, _Search
 from fathom.tuning.study import Asha, Constraints, Scheduler, Study
-from fathom.tuning.study_points import front, read_traces
+from fathom.tuning.study_points import front
+from fathom.tuning.study_traces import read_traces
 from tests.traces import write_trace
 
 STUDY = Study(

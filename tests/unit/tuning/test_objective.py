@@ -16,14 +16,15 @@ from fathom.tuning.operating_points import load
 from fathom.tuning.replay import replay_trace
 from fathom.tuning.rows import TraceRows, read_rows
 from fathom.tuning.study import Constraints, Study
+from fathom.tuning.study_live import ONLY
 from fathom.tuning.study_points import (
     front,
     front_rows,
     make_points,
-    read_traces,
     spanning,
     volume,
 )
+from fathom.tuning.study_traces import read_traces
 from fathom.types import AcceptMode
 from tests.traces import write_trace
 
@@ -136,7 +137,7 @@ def test_the_front_becomes_points_that_are_measured_on_other_requests(
     found = trials(study, folder)
     traces = read_traces(study, folder)
     made = make_points(study, traces, found)
-    made.save(tmp_path / "points.yaml")
+    made[ONLY].save(tmp_path / "points.yaml")
     read = load(tmp_path / "points.yaml")
     inside = front(study, found)
     assert 2 <= len(inside) == len(read.points)
