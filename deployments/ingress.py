@@ -17,6 +17,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.classify import HandleClassifier
 from deployments.handle_backend import REPORT_TIMEOUT_S, HandleBackend
 from deployments.journal import RayJournal
+from deployments.shadow import ShadowDesk
 from deployments.shared import end_if_deleted
 from deployments.takeover import ServeTakeover
 from fathom.api.app import create_app
@@ -24,8 +25,10 @@ from fathom.api.convert import Defaults
 from fathom.api.promotion import promoted_of
 from fathom.api.service import Service
 from fathom.config import ServeConfig
+from fathom.exits.drift import Expected
 from fathom.models.resolve import resolve_model
 from fathom.models.tokenizer import load_tokenizer
+from fathom.tuning.expected import expectations
 from fathom.tuning.operating_points import OperatingPoints
 
 
@@ -78,6 +81,11 @@ class Ingress:
         if classifier is not None:
             self._classifier = HandleClassifier(classifier, limit=config.max_requests)
         self._takeover = ServeTakeover(engine, config.engine.compute)
+        self._shadow = None
+        if config.shadow.rate:
+            application = serve.get_replica_context().app_name
+            self._shadow = ShadowDesk(application, config, self._expected)
+            self._service.shadow = self._shadow.state
         self._key_digests = tuple(key_digests)
         self._max_body_bytes = config.max_body_bytes
 
@@ -101,6 +109,9 @@ class Ingress:
         """``Promoted.revision`` of the points that are at hand here."""
         return self._service.promoted.revision
 
+    def _expected(self) -> Mapping[str, Expected]:
+        return expectations(self._service.points, self._service.default_compute)
+
     def measured(self) -> tuple[str, list[Metric]]:
         """This ingress's name, and what it has measured."""
         return self._name, self._service.metrics.collect()
@@ -118,6 +129,9 @@ class Ingress:
 
     async def __del__(self) -> None:
         # Serve calls this after it has let the streams under way finish.
+        shadow = getattr(self, "_shadow", None)
+        if shadow is not None:
+            shadow.close()
         journal = getattr(self, "_journal", None)
         if journal is not None:
             journal.close()

@@ -16,6 +16,7 @@ from ray import serve
 
 from deployments.autoscaling import REQUESTS
 from deployments.policies import PolicyExchange
+from deployments.shadow import ShadowReporter
 from deployments.shared import end_if_deleted, open_store
 from deployments.watch import CallerWatch
 from fathom.api.backend import ExitState, ReplicaReport
@@ -23,6 +24,7 @@ from fathom.api.local import LocalBackend
 from fathom.api.promotion import promoted_of
 from fathom.config import ConfigError, EngineConfig, PoolConfig, ServeConfig
 from fathom.engine.engine import Engine
+from fathom.exits.shadow import ShadowLog
 from fathom.tuning.operating_points import OperatingPoints
 from fathom.types import ComputePolicy, InvalidRequest, Request, RequestOutput
 
@@ -61,6 +63,8 @@ class Replica:
         self._started = points
         self._revision = ""
         engine.shift_under_load(config.load_aware, points.ladder() if points else ())
+        if config.shadow.rate:
+            engine.shadow = ShadowLog(config.shadow.rate)
         self._engine = AsyncEngine(engine)
         self._callers = CallerWatch(self._engine.cancel)
         context = serve.get_replica_context()
@@ -70,6 +74,9 @@ class Replica:
             name=context.replica_id.unique_id,
             interval_s=config.stream_interval_s,
         )
+        self._shadow = None
+        if engine.shadow is not None:
+            self._shadow = ShadowReporter(self._application, config, engine.shadow, self._engine)
         self._exchange = None
         if config.serving.most > 1:
             self._exchange = PolicyExchange(
@@ -154,9 +161,10 @@ class Replica:
 
     async def __del__(self) -> None:
         # Serve calls this after it has let the requests under way finish.
-        exchange = getattr(self, "_exchange", None)
-        if exchange is not None:
-            exchange.close()
+        for name in ("_exchange", "_shadow"):
+            thread = getattr(self, name, None)
+            if thread is not None:
+                thread.close()
         engine = getattr(self, "_engine", None)
         if engine is not None:
             await engine.shutdown(0)

@@ -21,6 +21,7 @@ from ray.experimental import internal_kv
 from deployments.certificates import Authority, issue, make_authority
 from deployments.journal import stop_journal
 from deployments.policies import stop_policies
+from deployments.shadow import stop_shadow
 from fathom.config import ConfigError, DataPlaneConfig, ServeConfig
 from fathom.dataplane.protocol import Tls
 from fathom.kvstore.ray_store import NAMESPACE, RayKVStore, start_store, stop_store
@@ -96,10 +97,11 @@ def open_store(config: ServeConfig, application: str) -> RayKVStore | None:
 def end(application: str) -> None:
     """End what the application's replicas shared.
 
-    KV store, journal of streams, what exit policies have seen, credentials.
+    KV store, journal of streams, what exit policies have seen, the shadow, credentials.
     """
     stop_journal(application)
     stop_policies(application)
+    stop_shadow(application)
     prefix = f"{_store_name(application)}-"
     actors = ray.util.list_named_actors(all_namespaces=True)
     names = [each["name"] for each in actors if each["namespace"] == NAMESPACE]

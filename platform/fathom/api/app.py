@@ -26,6 +26,7 @@ from fathom.api.promotion import Takeover
 from fathom.api.schemas import ChatCompletionRequest, CompletionRequest
 from fathom.api.service import Answer, Service
 from fathom.api.sse import EventStream
+from fathom.dashboard.routes import add_dashboard_routes
 from fathom.observability.metrics import CONTENT_TYPE
 
 AllMetrics = Callable[[], Awaitable[Mapping[str, Sequence[Metric]]]]
@@ -41,6 +42,8 @@ def create_app(
     all_metrics: AllMetrics | None = None,
     classifier: ClassifierBackend | None = None,
     takeover: Takeover | None = None,
+    mlflow: str = "",
+    links: Mapping[str, str] | None = None,
 ) -> FastAPI:
     """Build the application.
 
@@ -52,6 +55,8 @@ def create_app(
         all_metrics: where there are other ingresses than this one.
         classifier: what answers ``/v1/classify``, if anything.
         takeover: how the server takes operating points over, if it can.
+        mlflow: tracking server that the dashboard reads studies from; empty for none.
+        links: other pages that the dashboard links to, by their names.
     """
     app = FastAPI(
         title="Fathom",
@@ -71,6 +76,7 @@ def create_app(
     add_exit_route(app, service)
     add_point_routes(app, service, takeover)
     _add_operator_routes(app, service, all_metrics)
+    add_dashboard_routes(app, digests=key_digests, mlflow=mlflow, links=links)
     return app
 
 
@@ -140,7 +146,8 @@ def _add_operator_routes(app: FastAPI, service: Service, all_metrics: AllMetrics
     async def metrics() -> Response:
         """Prometheus metrics of the server and of every replica that answers."""
         ingresses = await all_metrics() if all_metrics else None
-        text = service.metrics.render(await service.reports(), ingresses)
+        shadow = await service.shadow_state()
+        text = service.metrics.render(await service.reports(), ingresses, shadow)
         return Response(text, headers={"Content-Type": CONTENT_TYPE})
 
     @app.get("/version", response_model=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -19,15 +19,18 @@ def add_exit_route(app: FastAPI, service: Service) -> None:
     @app.get("/v1/exits", response_model=None)
     async def exits() -> dict[str, Any]:
         """What the exit policies of every replica have seen, and all of them together."""
-        return exits_body(await service.exit_states())
+        return exits_body(await service.exit_states(), await service.shadow_state())
 
 
-def exits_body(states: Sequence[ExitState]) -> dict[str, Any]:
-    """The answer of ``/v1/exits``; see ``exits.cluster.merged``."""
+def exits_body(
+    states: Sequence[ExitState], shadow: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The answer of ``/v1/exits``; see ``exits.cluster.merged``, and ``Service.shadow``."""
     body = {
         "object": "exits",
         "replicas": [{"replica": each.replica, **each.state} for each in states],
         "merged": merged([each.state for each in states]),
+        "shadow": shadow,
     }
     found: dict[str, Any] = _finite(body)
     return found

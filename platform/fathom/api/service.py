@@ -7,7 +7,7 @@ import dataclasses
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -50,7 +50,12 @@ class Service:
         model_name: the name that clients ask for. metrics: what this service has measured.
         promoted: the operating points that have been promoted here.
         points_digest: of the operating points at hand; None without any.
+        shadow: asks what the shadow of all replicas has found, where there is one: its rate, an
+            ``alert`` over all points, ``points`` by name (``exits.drift.PointWatch.figures``), and
+            the run in ``mlflow``, if any. None for a moment in which nobody knows.
     """
+
+    shadow: Callable[[], Awaitable[Mapping[str, Any] | None]] | None = None
 
     def __init__(
         self,
@@ -113,6 +118,10 @@ class Service:
     async def exit_states(self) -> Sequence[ExitState]:
         """What the exit policies of all replicas that answer have seen."""
         return await self._backend.exit_states()
+
+    async def shadow_state(self) -> Mapping[str, Any] | None:
+        """See ``shadow``; None without one."""
+        return None if self.shadow is None else await self.shadow()
 
     async def info(self) -> ModelInfo:
         """What is known of the model.

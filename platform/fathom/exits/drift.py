@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from fathom.exits.histogram import edges
 from fathom.exits.risk import RiskMonitor
 from fathom.exits.shadow import BINS, Shadowed, measure_name
+from fathom.types import ComputePolicy
 
 Floats = NDArray[np.float64]
 
@@ -34,6 +35,10 @@ AGREEMENT, CONFIDENCES = "agreement", "confidences"
 
 RETURN_AFTER = 100
 """Completions that must look as measured, on average, before an alarm is over."""
+
+_FIELDS = ("asked", "decided", "wrong", "exited", "layer_tokens", "check_layer_tokens")
+TOTALS = ("completions", *_FIELDS)
+"""Figures of a point that only grow."""
 
 _HALF_LIFE = 200.0
 """Completions after which figures for readers (not the tests) count half."""
@@ -65,6 +70,7 @@ class Expected:
     """What an operating point was measured on, as far as drift is told by it.
 
     Attributes:
+        compute: the point's settings; a completion with others is none of its.
         loss: δ: the largest mean share of tokens that may differ from the full model's. None where
             nobody has measured it.
         agreement, exit_rate: as measured, or None.
@@ -73,6 +79,7 @@ class Expected:
         shares: [BINS] of the measured rows by confidence; empty as ``levels``.
     """
 
+    compute: ComputePolicy | None = None
     loss: float | None = None
     agreement: float | None = None
     exit_rate: float | None = None
@@ -140,13 +147,14 @@ class PointWatch:
         alpha: α in (0, 1).
 
     Attributes:
-        completions, rows, layer_tokens, check_layer_tokens: totals. alarms: raised so far.
+        totals: of completions, and of the fields of ``Shadowed`` that add up.
+        alarms: raised so far.
         reasons: names of the tests that have raised the alarm; empty without one.
     """
 
     def __init__(self, expected: Expected, alpha: float) -> None:
         self.expected = expected
-        self.completions = self.rows = self.layer_tokens = self.check_layer_tokens = 0
+        self.totals = dict.fromkeys(TOTALS, 0)
         self.alarms = 0
         self.reasons: tuple[str, ...] = ()
         self._alpha = alpha
@@ -160,10 +168,9 @@ class PointWatch:
         """Take one completion into account; returns whether the alarm was raised or ended by it."""
         if not completion.decided:
             return False
-        self.completions += 1
-        self.rows += completion.asked
-        self.layer_tokens += completion.layer_tokens
-        self.check_layer_tokens += completion.check_layer_tokens
+        self.totals["completions"] += 1
+        for field in _FIELDS:
+            self.totals[field] += getattr(completion, field)
         self._sums *= self._keep
         self._sums += (
             completion.decided,
@@ -234,10 +241,7 @@ class PointWatch:
         expected = self.expected
         _, judged, agreed = self._by_bin
         return {
-            "completions": self.completions,
-            "rows": self.rows,
-            "layer_tokens": self.layer_tokens,
-            "check_layer_tokens": self.check_layer_tokens,
+            **self.totals,
             "agreement": 1 - wrong / some if tokens else None,
             "exit_rate": exited / some if tokens else None,
             "layers_per_token": layers / some if tokens else None,

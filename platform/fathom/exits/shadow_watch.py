@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fathom.exits.drift import Expected, PointWatch
 from fathom.exits.shadow import Shadowed
+from fathom.types import ComputePolicy
 
 logger = logging.getLogger("fathom.shadow")
 
-DEFAULT = "default"
-"""Name under which requests are watched that go by no operating point."""
-
-_MOST = 64
-"""Points that are watched at once; another takes the place of the one with the fewest rows."""
+DEFAULT, OTHER = "default", "other"
+"""Names under which requests are watched that name no operating point: with the server's own
+settings, and with any others."""
 
 
 class ShadowWatch:
@@ -49,17 +49,22 @@ class ShadowWatch:
         """Take in completions that have ended; tell the log of alarms."""
         for each in completions:
             self.completions += 1
-            name = each.point or DEFAULT
-            watch = self._points.get(name) or self._begin(name)
+            name = self._name_of(each)
+            watch = self._points.get(name)
+            if watch is None:
+                expected = self._expected.get(name, Expected())
+                watch = self._points[name] = PointWatch(expected, self._alpha)
             if watch.observe(each):
                 _tell(name, watch)
 
-    def _begin(self, name: str) -> PointWatch:
-        if len(self._points) >= _MOST:
-            del self._points[min(self._points, key=lambda each: self._points[each].rows)]
-        watch = PointWatch(self._expected.get(name, Expected()), self._alpha)
-        self._points[name] = watch
-        return watch
+    def _name_of(self, completion: Shadowed) -> str:
+        """The point whose settings a completion has had, whatever its request has named."""
+        name = completion.point or DEFAULT
+        expected = self._expected.get(name)
+        if expected is None or expected.compute is None:
+            return OTHER
+        same = _but_for_load(completion.compute) == _but_for_load(expected.compute)
+        return name if same else OTHER
 
     @property
     def alert(self) -> bool:
@@ -69,6 +74,10 @@ class ShadowWatch:
     def points(self) -> dict[str, dict[str, Any]]:
         """``PointWatch.figures`` of each, by name."""
         return {name: watch.figures() for name, watch in sorted(self._points.items())}
+
+
+def _but_for_load(compute: ComputePolicy) -> ComputePolicy:
+    return dataclasses.replace(compute, load_aware=True)
 
 
 def _tell(name: str, watch: PointWatch) -> None:
@@ -87,22 +96,3 @@ def _tell(name: str, watch: PointWatch) -> None:
         "nothing" if wanted is None else f"{wanted:.4f}",
         "unknown" if found["psi"] is None else f"{found['psi']:.2f}",
     )
-
-
-def metric_figures(points: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Figures under the names of the metrics, labelled by operating point."""
-    told: dict[str, float] = {}
-    for name, point in points.items():
-        labels = f"{{operating_point={name}}}"
-        told[f"drift_alert{labels}"] = float(point["alert"])
-        told[f"drift_alarms{labels}"] = point["alarms"]
-        for test, evidence in point["evidence"].items():
-            told[f"drift_evidence{{operating_point={name},test={test}}}"] = evidence
-        for key in ("agreement", "exit_rate", "layers_per_token", "psi"):
-            if point[key] is not None:
-                told[f"shadow_{key}{labels}"] = point[key]
-        if point["expected"]["least_agreement"] is not None:
-            told[f"shadow_least_agreement{labels}"] = point["expected"]["least_agreement"]
-        for key in ("completions", "rows", "layer_tokens", "check_layer_tokens"):
-            told[f"shadow_{key}{labels}"] = point[key]
-    return told

@@ -11,12 +11,14 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from fathom.api.backend import ReplicaReport
+from fathom.observability.shadow import ShadowMetrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (
@@ -150,15 +152,19 @@ class ServerMetrics:
         self,
         reports: Iterable[ReplicaReport],
         ingresses: Mapping[str, Sequence[Metric]] | None = None,
+        shadow: Mapping[str, Any] | None = None,
     ) -> bytes:
         """The text exposition of this server's metrics and its replicas' figures.
 
         Args:
             ingresses: what each ingress has measured, this one included, by their names; None
                 where this is the only one.
+            shadow: what the shadow has found, if there is one; see ``Service.shadow``.
         """
         replicas = CollectorRegistry(auto_describe=False)
         replicas.register(_Replicas(self._model_name, list(reports)))
+        if shadow is not None:
+            replicas.register(ShadowMetrics(self._model_name, shadow))
         requests = self._registry
         if ingresses:
             requests = CollectorRegistry(auto_describe=False)

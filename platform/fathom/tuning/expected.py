@@ -11,6 +11,7 @@ from fathom.exits.drift import Expected, Level
 from fathom.exits.histogram import edges
 from fathom.exits.risk import Losses
 from fathom.exits.shadow import BINS, measure_name
+from fathom.exits.shadow_watch import DEFAULT
 from fathom.tuning.operating_points import OperatingPoints, Point
 from fathom.types import AcceptMode, ComputePolicy, InvalidRequest, PolicyName
 
@@ -30,22 +31,24 @@ _ERRORS = 2.0
 """Standard errors of the measurement itself that are allowed for, if that is more."""
 
 
-def expectations(points: OperatingPoints | None) -> dict[str, Expected]:
-    """What each point promises, and the confidences of the requests that it was measured on.
+def expectations(points: OperatingPoints | None, default: ComputePolicy) -> dict[str, Expected]:
+    """What each point, and the server's default, promises, and on which confidences it was
+    measured.
 
     Of policy ``risk`` the promise is δ itself. Of others it is the measured agreement less a
     margin: the larger of 0.02 and two standard errors of the mean over held-out requests, taken
     from the column of the calibration table whose mean loss is the nearest. Mode ``exact`` needs
     no promise. The shares of confidences may differ by the larger of 0.05 and two standard errors.
     """
+    own = {DEFAULT: Expected(compute=default, loss=default.risk if _by_risk(default) else None)}
     if points is None:
-        return {}
+        return own
     table = points.calibration.losses
     known = points.calibration
     measure = measure_name(known.confidence, known.exit_temperature)
     shares = _shares(table)
     levels, means = _levels(shares), tuple(shares.mean(axis=0).tolist())
-    found = {}
+    found = own
     for name, point in points.points.items():
         try:
             compute = points.resolve(name)
@@ -53,6 +56,7 @@ def expectations(points: OperatingPoints | None) -> dict[str, Expected]:
             continue
         same = measure_name(compute.confidence, compute.exit_temperature) == measure
         found[name] = Expected(
+            compute=compute,
             loss=_loss(compute, point, table),
             agreement=point.measured.get("agreement"),
             exit_rate=point.measured.get("exit_rate"),
@@ -67,7 +71,7 @@ def _loss(compute: ComputePolicy, point: Point, table: Losses) -> float | None:
     """δ of the test of agreement; None where nothing was promised or measured."""
     if compute.mode is AcceptMode.EXACT or not compute.drafts:
         return None
-    if compute.policy is PolicyName.RISK:
+    if _by_risk(compute):
         return compute.risk
     if "agreement" not in point.measured:
         return None
@@ -76,6 +80,10 @@ def _loss(compute: ComputePolicy, point: Point, table: Losses) -> float | None:
     nearest = each[:, int(np.abs(each.mean(axis=0) - loss).argmin())]
     bound = loss + max(_LEAST_MARGIN, _ERRORS * _error(nearest))
     return bound if bound < 1 else None
+
+
+def _by_risk(compute: ComputePolicy) -> bool:
+    return compute.drafts and compute.policy is PolicyName.RISK
 
 
 def _shares(table: Losses) -> Floats:
