@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fathom.commands.options import HelpFormatter, UsageError, add_command
+from fathom.commands.shadow_table import shadow_table, shadow_words
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 _TIMEOUT_S = 30
@@ -82,6 +83,10 @@ def show(body: Mapping[str, Any], console: Any) -> None:
     if together["promises"]:
         console.print(_promises_table(together["promises"]))
     console.print(_replicas_table(body["replicas"]))
+    if body["shadow"] is not None:
+        console.print(shadow_table(body["shadow"]))
+        for line in shadow_words(body["shadow"]):
+            console.print(line)
 
 
 def _measures_table(measures: Mapping[str, Any]) -> Any:

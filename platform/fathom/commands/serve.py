@@ -18,7 +18,14 @@ from fathom.commands.options import (
     engine_values,
 )
 from fathom.commands.points import add_point_options
-from fathom.config import ConfigError, LoadConfig, ServeConfig, Topology, from_mapping
+from fathom.config import (
+    ConfigError,
+    LoadConfig,
+    ServeConfig,
+    ShadowConfig,
+    Topology,
+    from_mapping,
+)
 from fathom.settings import read_yaml
 
 BUILDER = "deployments.app:build"
@@ -64,6 +71,23 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="take cheaper settings under pressure, where requests allow it",
     )
+    server.add_argument(
+        "--mlflow",
+        metavar="URI",
+        help="MLflow tracking server: what the shadow finds goes there, points come from there",
+    )
+    server.add_argument(
+        "--shadow",
+        type=float,
+        metavar="RATE",
+        help="compare a share of the completions with the full model, and say when they drift",
+    )
+    server.add_argument(
+        "--otlp-traces-endpoint",
+        metavar="URL",
+        help="send traces of requests there by OTLP over HTTP, e.g. "
+        "http://localhost:4318/v1/traces",
+    )
     server.add_argument("--replicas", type=int, metavar="N", help="fused replicas (default: 1)")
     server.add_argument(
         "--threads", type=int, metavar="N", help="CPU cores and threads of a replica (default: 1)"
@@ -106,6 +130,9 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
             classifier=args.classifier and str(Path(args.classifier).absolute()),
             operating_points=args.operating_points and str(Path(args.operating_points).absolute()),
             load_aware=_load_aware(args, config),
+            mlflow=args.mlflow,
+            shadow=_shadow(args, config),
+            otlp_traces_endpoint=args.otlp_traces_endpoint,
             topology=_topology(args, config),
             num_replicas=args.replicas,
             cpus_per_replica=args.threads,
@@ -161,6 +188,10 @@ def _topology(args: argparse.Namespace, config: ServeConfig) -> Topology | None:
 
 def _load_aware(args: argparse.Namespace, config: ServeConfig) -> LoadConfig | None:
     return dataclasses.replace(config.load_aware, enabled=True) if args.shift_under_load else None
+
+
+def _shadow(args: argparse.Namespace, config: ServeConfig) -> ShadowConfig | None:
+    return None if args.shadow is None else dataclasses.replace(config.shadow, rate=args.shadow)
 
 
 def _given(**options: Any) -> dict[str, Any]:
