@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import http.client
 import itertools
 import json
-import os
-import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fathom.commands.asking import DEFAULT_URL as DEFAULT_URL
+from fathom.commands.asking import ask
 from fathom.commands.options import HelpFormatter, UsageError, add_command
 from fathom.commands.shadow_table import shadow_table, shadow_words
 
-DEFAULT_URL = "http://127.0.0.1:8000"
-_TIMEOUT_S = 30
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _WIDTH = 40
 
@@ -55,7 +52,7 @@ def _needs_target(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Ask the server, and print."""
-    body = _get(args.url, "/v1/exits")
+    body = ask(args.url, "/v1/exits")
     if args.json:
         print(json.dumps(body, ensure_ascii=False, indent=2))
         return 0
@@ -188,35 +185,3 @@ def sparkline(values: Sequence[float], width: int = _WIDTH) -> str:
     means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
     top = len(_BLOCKS) - 1
     return "".join(_BLOCKS[min(max(round(mean * top), 0), top)] for mean in means)
-
-
-def _get(url: str, path: str) -> Any:
-    """A server's answer.
-
-    Raises:
-        UsageError: for what is no URL. RuntimeError: if it does not answer, with its words.
-    """
-    address = urllib.parse.urlsplit(url)
-    if address.scheme not in ("http", "https") or not address.hostname:
-        raise UsageError(f"--url must be as {DEFAULT_URL}, got {url!r}.")
-    kind = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
-    key = os.environ.get("FATHOM_API_KEY", "").split(",")[0].strip()
-    connection = kind(address.hostname, address.port, timeout=_TIMEOUT_S)
-    try:
-        connection.request(
-            "GET",
-            address.path.rstrip("/") + path,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-        )
-        answer = connection.getresponse()
-        text = answer.read().decode(errors="replace")
-    except (OSError, http.client.HTTPException) as error:
-        raise RuntimeError(
-            f"no server answers at {url} ({error}); name another by --url."
-        ) from error
-    finally:
-        connection.close()
-    if answer.status != 200:
-        hint = "; FATHOM_API_KEY must hold its key" if answer.status == 401 else ""
-        raise RuntimeError(f"the server at {url} answers {answer.status}{hint}: {text[:300]}")
-    return json.loads(text)
