@@ -16,10 +16,12 @@ from fathom.commands import (
     bench,
     calibrate,
     chaos,
+    dashboard,
     doctor,
     evaluate,
     exits,
     generate,
+    promote,
     pull,
     serve,
     train,
@@ -44,6 +46,8 @@ examples:
   fathom train exits --help                      train exits that are worth taking
   fathom calibrate fit t.parquet --out p.yaml    operating points from a trace
   fathom tune study.yaml                         search settings, keep the front, serve it
+  fathom dashboard --open                        watch a server, ask it, promote points
+  fathom promote small --server URL              a study's fastest good point into production
   fathom exits show                              what a server's exit policies have seen
   fathom eval --tasks gsm8k --modes full,free    quality and speed beside the full model
   fathom doctor                                  what is here, what is missing
@@ -63,7 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fathom {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for module in (
-        serve, generate, pull, bench, chaos, train, calibrate, tune, exits, evaluate, doctor
+        serve, generate, pull, bench, chaos, train, calibrate, tune, promote, dashboard, exits,
+        evaluate, doctor,
     ):  # fmt: skip
         module.add_parser(commands)
     return parser

@@ -8,13 +8,17 @@ import ipaddress
 import os
 from collections.abc import Mapping, Sequence
 
+from starlette.requests import HTTPConnection
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fathom.api.errors import missing_or_wrong_key
+from fathom.api.sessions import is_own_page, owner_of_session, session_of
 from fathom.config import ConfigError
 
 KEY_VARIABLE = "FATHOM_API_KEY"
 OPEN_PATHS = frozenset({"/health"})
+DASHBOARD, LOGIN, ASSETS = "/dashboard", "/dashboard/login", "/dashboard/assets/"
 _OWNER = "fathom_owner"
 
 
@@ -70,6 +74,9 @@ def owner_of(scope: Scope) -> bytes:
 class KeyMiddleware:
     """Checks the key before anything else is done, on every path but ``/health``.
 
+    A browser shows it once at the dashboard's login, which is open like the files that it is made
+    of, and has a cookie from then on (``api.sessions``).
+
     A server without keys serves clients on this machine only, however it was bound: a Serve
     config file sets the address apart from the application, so ``check_bind`` may not see it.
     """
@@ -79,12 +86,22 @@ class KeyMiddleware:
         self._digests = tuple(digests)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] in ("http", "websocket") and scope["path"] not in OPEN_PATHS:
+        if scope["type"] in ("http", "websocket") and not self._is_open(scope["path"]):
             refusal = self._refusal(scope)
             if refusal is not None:
+                if self._digests and _is_visit(scope):
+                    # Relative: a proxy may have put the server under a path of its own.
+                    answer = RedirectResponse("dashboard/login", 303)
+                    await answer(scope, receive, send)
+                    return
                 await missing_or_wrong_key(refusal).response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+    def _is_open(self, path: str) -> bool:
+        if path in OPEN_PATHS:
+            return True
+        return bool(self._digests) and (path == LOGIN or path.startswith(ASSETS))
 
     def _refusal(self, scope: Scope) -> str | None:
         if not self._digests:
@@ -93,6 +110,8 @@ class KeyMiddleware:
                 return None
             return f"This server has no API key and serves its own machine only; {_REMEDY}"
         header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        if not header and (session := session_of(scope)):
+            return self._refusal_of_session(scope, session)
         scheme, _, key = header.decode("latin-1").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             return "No API key was given; send the header 'Authorization: Bearer KEY'."
@@ -100,6 +119,24 @@ class KeyMiddleware:
             return "The API key is not valid."
         scope.setdefault("state", {})[_OWNER] = digest(key.strip())
         return None
+
+    def _refusal_of_session(self, scope: Scope, session: str) -> str | None:
+        owner = owner_of_session(session, self._digests)
+        if owner is None:
+            return f"The session is over, or was never one: log in again at {LOGIN}."
+        if scope["type"] != "http" or not is_own_page(scope):
+            return "A session's cookie lets in what this server's own pages ask for, nothing else."
+        scope.setdefault("state", {})[_OWNER] = owner
+        return None
+
+
+def _is_visit(scope: Scope) -> bool:
+    """Whether a person opens the dashboard."""
+    return (
+        scope["type"] == "http"
+        and scope["path"] == DASHBOARD
+        and "text/html" in HTTPConnection(scope).headers.get("accept", "")
+    )
 
 
 _REMEDY = f"its operator can set {KEY_VARIABLE}."

@@ -1,0 +1,1 @@
+"""The dashboard: pages in plain HTML, CSS and ES modules, and the routes that serve them."""
