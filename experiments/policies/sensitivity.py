@@ -36,6 +36,7 @@ def at_horizon(rows: TraceRows, budget: float, horizon: float) -> tuple[float, f
         threshold = tracker.threshold(budget, exited, decided)
         exits[row] = confidence > (first if threshold is None else threshold)
         histogram.add_one(confidence)
+        tracker.refresh()
         pages[place] += (exits[row], 1)
         if pages[place, 1] == counts[place]:
             tracker.settle(budget, *pages[place].tolist())

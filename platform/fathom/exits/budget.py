@@ -27,6 +27,8 @@ BETAS: tuple[float, ...] = tuple(np.geomspace(1e-4, 1, 13).tolist())
 _RAREST = 1e-6
 _BUDGETS = 256
 _MOST_CARRIED = 0.75
+_SHARES = np.linspace(0, 1, 1025)
+"""Of the quantiles in a tracker's table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +182,7 @@ class QuantileTracker:
         exit_cost: see ``exit_share``.
         horizon: h, in tokens. carried_horizon: the same for what is carried on.
         least_rows: rows before which no quantile is given.
-        refresh: rows after which quantiles are read anew; in between they come from a table.
+        every: rows after which ``refresh`` reads quantiles anew; in between they come from a table.
     """
 
     def __init__(
@@ -191,15 +193,15 @@ class QuantileTracker:
         horizon: float = 16,
         carried_horizon: float = 256,
         least_rows: int = 32,
-        refresh: int = 64,
+        every: int = 64,
     ) -> None:
         self.histogram = histogram
         self._exit_cost = exit_cost
         self._horizon = horizon
         self._carried_horizon = carried_horizon
         self._least_rows = least_rows
-        self._refresh = refresh
-        self._read_at = -1
+        self._every = every
+        self._read_at = 0
         self._table: list[float] = []
         self._owed: dict[float, float] = {}
 
@@ -219,9 +221,8 @@ class QuantileTracker:
         seen = self.histogram.seen
         if seen < self._least_rows:
             return None
-        if self._read_at < 0 or not 0 <= seen - self._read_at < self._refresh:
-            self._table = self.histogram.quantile(np.linspace(0, 1, 1025)).tolist()
-            self._read_at = seen
+        if not self._table:
+            self._read()
         share = exit_share(budget, self._exit_cost)
         carried = self._owed.get(budget, 0.0) / self._carried_horizon
         aim = share + (share * decided - exited) / self._horizon + carried
@@ -234,9 +235,19 @@ class QuantileTracker:
         return self._table[low] + (at - low) * (self._table[low + 1] - self._table[low])
 
     def follow(self, histogram: ConfidenceHistogram) -> None:
-        """Go on with other counts; quantiles are read anew at once."""
+        """Go on with other counts."""
         self.histogram = histogram
-        self._read_at = -1
+        if self._table:
+            self._read()
+
+    def refresh(self) -> None:
+        """Read quantiles anew, if any were asked for and enough rows came since the last time."""
+        if self._table and self.histogram.seen - self._read_at >= self._every:
+            self._read()
+
+    def _read(self) -> None:
+        self._table = self.histogram.quantile(_SHARES).tolist()
+        self._read_at = self.histogram.seen
 
     def settle(self, budget: float, exited: int, decided: int) -> None:
         """Carry on what a request that is over was short of, or over.

@@ -20,13 +20,12 @@ def softmax_gap(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         the gap, [rows] float32 in [0, 1], NaN where a row has a NaN or no finite total, which no
         policy takes for confidence; and the index of the best column, [rows] int64.
     """
-    logits = logits.float()
-    total = torch.logsumexp(logits, dim=-1)
-    # Two max reductions beat topk(2) on a 49,152-token vocabulary on CPU.
-    best, index = logits.max(dim=-1)
-    second = logits.scatter(-1, index[:, None], float("-inf")).amax(dim=-1)
-    gap = (best - total).exp() - (second - total).exp()
-    return torch.where(torch.isfinite(total), gap, torch.nan), index
+    # As few operations as there can be: each draft step waits for this, and at an exit head's few
+    # thousand columns their number is what it costs. (argmax in bfloat16 takes 4 times as long as
+    # topk.) Softmax gives NaN for the rows that have no confidence.
+    columns = logits.topk(2, dim=-1).indices
+    two = torch.softmax(logits, dim=-1, dtype=torch.float32).gather(-1, columns)
+    return two[:, 0] - two[:, 1], columns[:, 0]
 
 
 def max_prob(logits: torch.Tensor) -> torch.Tensor:

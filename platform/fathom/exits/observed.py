@@ -19,7 +19,7 @@ tried, λ is where it belongs within 432 rows (`experiments/policies`); at 150, 
 
 REFIT = 64
 """Rows from one fit of the mixture to the next, so that a token's share of one is small. A fit is
-spread over rows, a piece at each, so that no token waits for all of it."""
+spread over rows, a piece at each, so that no step waits for all of it."""
 
 _HISTORY = 512
 _DONE = object()
@@ -65,12 +65,20 @@ class Observed:
         self._by_quantiles = by_quantiles
         self._fitted_at = 0
         self._fit: Steps[None] | None = None
+        self._asked = False
 
     def add(self, confidence: float, agrees: bool | None) -> None:
-        """Note one row; see ``ConfidenceHistogram.add_one``."""
+        """Note one row; see ``ConfidenceHistogram.add_one``.
+
+        Thresholds are worked out here, a piece a row, and not where a token asks for one: most
+        rows are told of beside a deep pass, several times as long as the step that drafts.
+        """
         self.own.add_one(confidence, agrees)
         self._all.add_one(confidence, agrees)
         self.counted[Kind.UNLABELLED if agrees is None else int(agrees)] += 1
+        self._tracker.refresh()
+        if self._fit is not None and next(self._fit, _DONE) is _DONE:
+            self._fit = None
 
     def replace_others(self, others: Iterable[ConfidenceHistogram], missed: float = 0.0) -> None:
         """Take what other engines have seen in place of what they had before.
@@ -83,23 +91,36 @@ class Observed:
             self.own.forget(missed)
         self._all = sum(others, start=self.own + ConfidenceHistogram(self.own.bins))
         self._tracker.follow(self._all)
+        if self._asked:
+            self._begin_fit()
+            self._finish_fit()  # no step waits for this
 
     def threshold(self, start: float | None) -> float:
-        """λ of policy ``adaptive``; goes on with a fit where enough was seen since the last one.
+        """λ of policy ``adaptive``; asks for a fit where enough was seen since the last one.
 
         Args:
             start: what to take before there is a fit; None takes 0.9.
         """
-        if self._fit is None and not 0 <= self._all.seen - self._fitted_at < REFIT:
-            self._fitted_at = self._all.seen
-            self._fit = self._steps()
-        if self._fit is not None and next(self._fit, _DONE) is _DONE:
-            self._fit = None
+        if self._fit is None and self._all.seen - self._fitted_at >= REFIT:
+            self._begin_fit()
+            if not self._asked:
+                self._finish_fit()  # rows that came before are told of now
+        self._asked = True
         if start is not None and (self.mixture is None or self.mixture.fallback):
             return start
         return self.adaptive
 
-    def _steps(self) -> Steps[None]:
+    def _begin_fit(self) -> None:
+        self._fitted_at = self._all.seen
+        self._fit = self._fit_pieces()
+
+    def _finish_fit(self) -> None:
+        if self._fit is not None:
+            for _ in self._fit:
+                pass
+            self._fit = None
+
+    def _fit_pieces(self) -> Steps[None]:
         """Fit the mixture to what was seen by now, and take λ from it."""
         everything = self._all
         if self._moments:

@@ -33,6 +33,7 @@ def spend(tracker: QuantileTracker, rows: np.ndarray, budget: float, length: int
             threshold = tracker.threshold(budget, exited, decided)
             exited += bool(confidence > (0.9 if threshold is None else threshold))
             tracker.histogram.add_one(confidence)
+            tracker.refresh()
         tracker.settle(budget, exited, length)
         costs.append(1 - exited / length * (1 - EXIT_COST))
     return np.array(costs)
