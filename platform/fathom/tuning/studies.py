@@ -155,41 +155,63 @@ def pick(points: OperatingPoints, max_quality_loss: float) -> str:
 
 
 def list_studies(uri: str, *, most: int = 20) -> list[dict[str, Any]]:
-    """Studies with their fronts and what was promoted of them, the latest first; all plain.
+    """Studies, the latest first; all plain.
 
     Args:
         most: studies that are listed.
 
     Returns:
-        for each ``run_id``, ``study``, ``status`` (MLflow's), ``started`` and ``ended`` (seconds
-        since 1970, or None), ``model``, ``adapter``, ``trials`` and ``hypervolume`` (or None),
-        ``front`` (rows as in ``fathom tune --json``), ``registered_model`` (None without points)
-        and ``promoted``: its versions of this study as ``version``, ``uri``, ``point``,
-        ``aliases``.
+        for each ``run_id``, ``experiment_id``, ``study``, ``status`` (MLflow's), ``started`` and
+        ``ended`` (seconds since 1970, or None), ``model``, ``adapter``, ``trials`` and
+        ``hypervolume`` (or None).
 
     Raises:
         RegistryError: if MLflow does not answer.
     """
-    registry = Registry(uri)
+    return [_entry(run) for run in _runs(connect(uri), uri)[:most]]
+
+
+def describe_study(uri: str, run_id: str) -> dict[str, Any]:
+    """A study with its front and what was promoted of it; all plain.
+
+    Returns:
+        what ``list_studies`` says, ``front`` (rows as in ``fathom tune --json``), ``figures`` (of
+        every trial, by their names), ``digest`` of its points and ``registered_model`` (None
+        without points), and ``promoted``: its versions as ``version``, ``uri``, ``point``,
+        ``aliases``.
+
+    Raises:
+        NoStudy: if there is none. RegistryError: if MLflow does not answer.
+    """
     client = connect(uri)
-    found = []
-    for run in _runs(client, uri)[:most]:
-        tags, metrics = run.data.tags, run.data.metrics
-        found.append(
-            {
-                "run_id": run.info.run_id,
-                "study": run.info.run_name,
-                "status": run.info.status,
-                "started": run.info.start_time / 1000,
-                "ended": run.info.end_time and run.info.end_time / 1000,
-                "model": tags.get("fathom.model", ""),
-                "adapter": tags.get("fathom.adapter", ""),
-                "trials": metrics.get("trials"),
-                "hypervolume": metrics.get("hypervolume"),
-                **_front(client, registry, run.info.run_id),
-            }
-        )
-    return found
+    run = next((each for each in _runs(client, uri) if each.info.run_id == run_id), None)
+    if run is None:
+        raise NoStudy(f"no run {run_id!r} in experiment {EXPERIMENT} at {uri}.")
+    trials = _search(
+        client, uri, run.info.experiment_id, f"tags.`mlflow.parentRunId` = '{run.info.run_id}'"
+    )
+    return {
+        **_entry(run),
+        "figures": [dict(trial.data.metrics) for trial in trials],
+        **_front(client, Registry(uri), run_id),
+    }
+
+
+def _entry(run: Any) -> dict[str, Any]:
+    info, tags, metrics = run.info, run.data.tags, run.data.metrics
+    trials = metrics.get("trials")
+    return {
+        "run_id": info.run_id,
+        "experiment_id": info.experiment_id,
+        "study": info.run_name,
+        "status": info.status,
+        "started": info.start_time / 1000,
+        "ended": info.end_time and info.end_time / 1000,
+        "model": tags.get("fathom.model", ""),
+        "adapter": tags.get("fathom.adapter", ""),
+        "trials": None if trials is None else int(trials),
+        "hypervolume": metrics.get("hypervolume"),
+    }
 
 
 def _front(client: Any, registry: Registry, run_id: str) -> dict[str, Any]:
@@ -197,21 +219,24 @@ def _front(client: Any, registry: Registry, run_id: str) -> dict[str, Any]:
         front = _artifact(client, run_id, FRONT, local)
         file = _artifact(client, run_id, FILE, local)
         rows = json.loads(front.read_text())["front"] if front else []
-        name = model_name(load(file).identity) if file else None
-    promoted = []
-    if name is not None:
-        aliases = registry.aliases(name)
-        promoted = [
-            {
-                "version": each.number,
-                "uri": each.uri,
-                "point": each.point,
-                "aliases": sorted(a for a, number in aliases.items() if number == each.number),
-            }
-            for each in registry.versions(name)
-            if each.run_id == run_id
-        ]
-    return {"front": rows, "registered_model": name, "promoted": promoted}
+        points = load(file) if file else None
+    if points is None:
+        return {"front": rows, "digest": None, "registered_model": None, "promoted": []}
+    name = model_name(points.identity)
+    aliases = registry.aliases(name)
+    promoted = [
+        {
+            "version": each.number,
+            "uri": each.uri,
+            "point": each.point,
+            "aliases": sorted(a for a, number in aliases.items() if number == each.number),
+        }
+        for each in registry.versions(name)
+        if each.run_id == run_id
+    ]
+    return {
+        "front": rows, "digest": points.digest, "registered_model": name, "promoted": promoted,
+    }  # fmt: skip
 
 
 def _runs(client: Any, uri: str) -> list[Any]:
@@ -220,17 +245,34 @@ def _runs(client: Any, uri: str) -> list[Any]:
 
     try:
         experiment = client.get_experiment_by_name(EXPERIMENT)
-        if experiment is None:
-            return []
-        runs = client.search_runs(
-            [experiment.experiment_id],
-            f"tags.`{_VERSION}` != ''",  # which trials have not
-            order_by=["attributes.start_time DESC"],
-            max_results=1000,
-        )
     except (MlflowException, OSError) as error:
         raise RegistryError(f"MLflow at {uri}: {error}") from error
-    return list(runs)
+    if experiment is None:
+        return []
+    # Trials have no version.
+    return _search(client, uri, experiment.experiment_id, f"tags.`{_VERSION}` != ''")
+
+
+def _search(client: Any, uri: str, experiment_id: str, which: str) -> list[Any]:
+    """Runs of an experiment, the latest first."""
+    from mlflow.exceptions import MlflowException
+
+    found: list[Any] = []
+    token: str | None = None
+    try:
+        while token is None or token:
+            page = client.search_runs(
+                [experiment_id],
+                which,
+                order_by=["attributes.start_time DESC"],
+                max_results=1000,
+                page_token=token,
+            )
+            found += page
+            token = page.token or ""
+    except (MlflowException, OSError) as error:
+        raise RegistryError(f"MLflow at {uri}: {error}") from error
+    return found
 
 
 def _artifact(client: Any, run_id: str, name: str, folder: str) -> Path | None:
