@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
     _check_installed(args.mlflow)
     for path in (args.json, args.out, args.work_dir):
         check_output(path)
+    from fathom.tuning.figures import draw_study
     from fathom.tuning.study_traces import read_traces
 
     traces = read_traces(study, args.study.resolve().parent)
@@ -112,17 +113,21 @@ def run(args: argparse.Namespace) -> int:
         trials = _search(study, traces, work_dir, args.parallel, runs)
         report = _finish(study, traces, trials, out)
         report["seconds"] = round(time.perf_counter() - start, 3)
+        drawn = draw_study(study, traces, trials, report["front"], work_dir / "figures")
+        report["figures"] = [str(path) for path in drawn.files]
+        report["figures_skipped"] = drawn.skipped
         report["mlflow_run_id"] = None if runs is None else runs.run_id
         write_json(work_dir / "front.json", report)
         if runs is not None:
-            runs.finish(trials, [work_dir / "front.json", *([out] if report["front"] else [])])
+            files = [work_dir / "front.json", *([out] if report["front"] else [])]
+            runs.finish(trials, files, drawn.files)
     if args.json is not None:
         write_json(args.json, {"meta": machine(), **report})
     return _show(study, report, out)
 
 
 def _check_installed(mlflow: str) -> None:
-    wanted = ["optuna"] if mlflow == "none" else ["optuna", "mlflow"]
+    wanted = ["optuna", "matplotlib", *([] if mlflow == "none" else ["mlflow"])]
     for name in wanted:
         if importlib.util.find_spec(name) is None:
             raise UsageError(
@@ -248,5 +253,7 @@ def _show(study: Study, report: Mapping[str, Any], out: Path) -> int:
             f"{len(points)} of {len(report['front'])} on the front are kept as points (max_points)",
             highlight=False,
         )
+    for name, reason in report["figures_skipped"].items():
+        console.print(f"no figure {name}: {reason}", highlight=False)
     console.print(f"{out}: serve it by `fathom serve --operating-points {out}`", highlight=False)
     return 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 EXPERIMENT = "fathom-train"
 _BATCH = 500
 """Metrics sent at once: MLflow takes 1,000 a call, and a call over HTTP costs tens of ms."""
+_KEY = "fathom.work_folder"
+"""Tag by which a work folder's run is found again."""
 
 
 class Tracker:
@@ -35,29 +39,48 @@ class Tracker:
         import mlflow  # takes seconds
 
         work_dir.mkdir(parents=True, exist_ok=True)
-        uri = uri or f"sqlite:///{(work_dir / 'mlflow.db').resolve()}"
+        if not uri:
+            database = (work_dir / "mlflow.db").resolve()
+            _make_whole(database)
+            uri = f"sqlite:///{database}"
         self._client = mlflow.MlflowClient(uri)
         self.uri = uri
         note = work_dir / "mlflow_run_id"
         if note.exists():
             self.run_id = note.read_text()
+            run = self._client.get_run(self.run_id)
             self._client.update_run(self.run_id, status="RUNNING")
         else:
-            found = self._client.get_experiment_by_name(experiment)
-            artifacts = (work_dir / "mlflow-artifacts").resolve().as_uri()
-            experiment_id = found.experiment_id if found else self._client.create_experiment(
-                experiment, artifact_location=artifacts if uri.startswith("sqlite") else None
-            )  # fmt: skip
-            run = self._client.create_run(experiment_id, run_name=name, tags=dict(tags or {}))
+            run = self._own_run(work_dir, experiment, name, dict(tags or {}))
             self.run_id = run.info.run_id
-            entities = mlflow.entities
+            _write(note, self.run_id)
+        self._experiment = run.info.experiment_id
+        if not run.data.params:
+            param = mlflow.entities.Param
             self._client.log_batch(
-                self.run_id,
-                params=[entities.Param(k, str(v)) for k, v in flatten(params).items()],
+                self.run_id, params=[param(k, str(v)) for k, v in flatten(params).items()]
             )
-            note.write_text(self.run_id)
         self._metric = mlflow.entities.Metric
         self._pending: list[Any] = []
+
+    def _own_run(self, work_dir: Path, experiment: str, name: str, tags: dict[str, str]) -> Any:
+        """The run of this folder, which a killed process may have made and not noted."""
+        note = work_dir / "mlflow_run_key"
+        if not note.exists():
+            _write(note, uuid.uuid4().hex)
+        key = note.read_text()
+        found = self._client.get_experiment_by_name(experiment)
+        if found:
+            known = self._client.search_runs([found.experiment_id], f"tags.`{_KEY}` = '{key}'")
+            if known:
+                return known[0]
+            experiment_id = found.experiment_id
+        else:
+            artifacts = (work_dir / "mlflow-artifacts").resolve().as_uri()
+            experiment_id = self._client.create_experiment(
+                experiment, artifact_location=artifacts if self.uri.startswith("sqlite") else None
+            )
+        return self._client.create_run(experiment_id, run_name=name, tags={**tags, _KEY: key})
 
     def __enter__(self) -> Tracker:
         return self
@@ -85,12 +108,11 @@ class Tracker:
 
     def children(self) -> dict[str, Any]:
         """The runs below this one, by name."""
-        experiment = self._client.get_run(self.run_id).info.experiment_id
         found: dict[str, Any] = {}
         token: str | None = None
         while token is None or token:
             page = self._client.search_runs(
-                [experiment],
+                [self._experiment],
                 f"tags.`mlflow.parentRunId` = '{self.run_id}'",
                 max_results=1000,
                 page_token=token,
@@ -100,7 +122,12 @@ class Tracker:
         return found
 
     def add_child(
-        self, name: str, params: Mapping[str, Any], figures: Mapping[str, float], known: Any = None
+        self,
+        name: str,
+        params: Mapping[str, Any],
+        figures: Mapping[str, float],
+        known: Any = None,
+        tags: Mapping[str, str] | None = None,
     ) -> None:
         """Note a finished run below this one, in one batch.
 
@@ -111,10 +138,8 @@ class Tracker:
 
         run = known
         if run is None:
-            own = self._client.get_run(self.run_id).info
-            run = self._client.create_run(
-                own.experiment_id, run_name=name, tags={"mlflow.parentRunId": self.run_id}
-            )
+            own = {"mlflow.parentRunId": self.run_id, **(tags or {})}
+            run = self._client.create_run(self._experiment, run_name=name, tags=own)
         if not run.data.metrics:
             now = int(time.time() * 1000)
             self._client.log_batch(
@@ -125,15 +150,44 @@ class Tracker:
         if run.info.status == "RUNNING":
             self._client.set_terminated(run.info.run_id)
 
-    def keep_file(self, file: Path) -> None:
-        """Keep a file as an artifact of the run."""
-        self._client.log_artifact(self.run_id, str(file))
+    def add_datasets(self, datasets: Sequence[Any], context: str) -> None:
+        """Note what the run has worked on; what is there already stays as it is.
+
+        Args:
+            datasets: of ``mlflow.entities.Dataset``. context: what for, as MLflow's UI shows it.
+        """
+        from mlflow.entities import DatasetInput, InputTag
+
+        tag = InputTag("mlflow.data.context", context)
+        self._client.log_inputs(self.run_id, [DatasetInput(each, [tag]) for each in datasets])
+
+    def keep_file(self, file: Path, folder: str | None = None) -> None:
+        """Keep a file as an artifact of the run, in a folder of its artifacts."""
+        self._client.log_artifact(self.run_id, str(file), folder)
 
     def flush(self) -> None:
         """Send what is pending."""
         pending, self._pending = self._pending, []
         for start in range(0, len(pending), 1000):
             self._client.log_batch(self.run_id, metrics=pending[start : start + 1000])
+
+
+def _make_whole(database: Path) -> None:
+    """Make MLflow's tables, all or none: a database half made by a killed process is no use."""
+    import mlflow
+
+    if database.exists():
+        return
+    partial = database.with_name(f"{database.name}.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)
+    mlflow.MlflowClient(f"sqlite:///{partial}").search_experiments(max_results=1)
+    partial.replace(database)
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

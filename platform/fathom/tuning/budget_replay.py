@@ -53,6 +53,14 @@ def live_exits(
     first: float | None = None,
     max_stack: int = MAX_STACK,
 ) -> Bools:
+    """Which rows leave under policy ``budget`` as an engine runs it; see ``live_rows``."""
+    exits, _ = live_rows(rows, measure, budget, first=first, max_stack=max_stack)
+    return exits
+
+
+def live_rows(
+    rows: TraceRows, measure: Measure, budget: float, *, first: float | None, max_stack: int
+) -> tuple[Bools, Floats]:
     """Which rows leave under policy ``budget`` as an engine runs it, in the trace's order.
 
     ``LivePolicies`` decides and learns; a sequence's stack is bounded as in the engine, where its
@@ -60,6 +68,9 @@ def live_exits(
 
     Args:
         first: λ until the policy has seen enough. max_stack: most drafts of a stack.
+
+    Returns:
+        [n] whether the row leaves; [n] λ that it met, NaN where a full stack left it no choice.
     """
     compute = measure.policy(
         policy=PolicyName.BUDGET, budget=budget, exit_threshold=first, max_stack=max_stack
@@ -67,6 +78,7 @@ def live_exits(
     policies = LivePolicies(rows.source.exit_cost)
     policies.check(compute)
     exits = np.zeros(len(rows), bool)
+    thresholds = np.full(len(rows), np.nan)
     spent: dict[int, list[int]] = {}  # of a request: exited, decided, drafts on its stack, wrong
     counts = np.bincount(rows.groups).tolist()
     values = zip(rows.groups.tolist(), measure.of(rows).tolist(), rows.agrees.tolist(), strict=True)
@@ -74,7 +86,8 @@ def live_exits(
         page = spent.setdefault(group, [0, 0, 0, 0])
         if page[2] < max_stack:
             threshold = policies.threshold_for(compute, page[0], page[1])
-            leaves = confidence > (compute.threshold if threshold is None else threshold)
+            thresholds[row] = compute.threshold if threshold is None else threshold
+            leaves = confidence > thresholds[row]
             policies.observe(compute, confidence, agrees)
         else:
             leaves = False  # nor is the exit asked
@@ -87,7 +100,7 @@ def live_exits(
             policies.completed(
                 compute, exited=page[0], decided=page[1], asked=page[1], wrong=page[3]
             )
-    return exits
+    return exits, thresholds
 
 
 def first_threshold(rows: TraceRows, measure: Measure, budget: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,7 +14,11 @@ from fathom.exits.calibration import FittedTemperature, Reliability, fit_tempera
 from fathom.exits.coverage import coverage_at_precision
 from fathom.exits.histogram import edges
 from fathom.exits.meta import MetaClassifier
+from fathom.tuning.plotting import GREY, panels, save, style
 from fathom.tuning.rows import Bools, Floats, TraceRows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PRECISIONS = (0.9, 0.95, 0.98)
 _BINS = 15
@@ -64,7 +68,11 @@ def make_report(rows: TraceRows, *, seed: int = 0, meta: MetaClassifier | None =
     Raises:
         ValueError: for a trace of fewer than two requests, or without exit states for ``meta``.
     """
-    half, rest = rows.halves(seed)
+    return judge_rows(*rows.halves(seed), meta=meta)
+
+
+def judge_rows(half: TraceRows, rest: TraceRows, *, meta: MetaClassifier | None = None) -> Report:
+    """The report on ``rest``, with the temperature of ``half``; see ``make_report``."""
     fitted = fit_temperature(half.deep, half.lse)
     measures = []
     for confidence in Confidence:
@@ -172,33 +180,40 @@ def draw(report: Report, rows: TraceRows, folder: Path) -> list[Path]:
     Raises:
         ImportError: without matplotlib.
     """
-    from matplotlib.figure import Figure
+    with style():
+        return [
+            save(reliability_diagram(report), folder / "reliability.png"),
+            save(_exits_diagram(report, rows), folder / "exits.png"),
+        ]
 
-    written = []
+
+def reliability_diagram(report: Report) -> Figure:
+    """Agreement by confidence, one panel a measure, before and after the temperature."""
     grouped: dict[Confidence, list[MeasureReport]] = {}
     for each in report.measures:
         grouped.setdefault(each.confidence, []).append(each)
-    figure = Figure(figsize=(4.2 * len(grouped), 4.6), layout="constrained")
-    plots = figure.subplots(1, len(grouped), sharey=True, squeeze=False)[0]
+    figure, plots = panels(len(grouped), width=3.9, height=4.3)
     for plot, (confidence, own) in zip(plots, grouped.items(), strict=True):
-        plot.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-        for each in own:
+        plot.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--")
+        for each, marker in zip(own, "os", strict=False):
             known = each.reliability
             full = known.count > 0
             label = f"T = {each.temperature:.2f}, ECE {known.ece:.3f}"
-            plot.plot(known.confidence[full], known.accuracy[full], marker="o", ms=4, label=label)
+            plot.plot(
+                known.confidence[full], known.accuracy[full], marker=marker, ms=5, label=label
+            )
         plot.set(title=confidence.value, xlabel="confidence", xlim=(0, 1), ylim=(0, 1))
-        plot.legend(loc="upper left", fontsize=8)
+        plot.legend(loc="upper left", fontsize=10)
     plots[0].set_ylabel("agreement with the full model")
-    written.append(folder / "reliability.png")
-    figure.savefig(written[-1], dpi=120)
+    return figure
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+
+def _exits_diagram(report: Report, rows: TraceRows) -> Figure:
+    """What thresholds let go, and the depth of tokens at a few precisions."""
+    figure, (left, right) = panels(2, width=4.8, height=4.3)
     kept = report.exits > 0
     left.plot(report.exits[kept], 1 - report.wrong[kept] / report.exits[kept])
     left.set(xlabel="share of tokens that exit", ylabel="of them right", title="softmax gap")
-    left.grid(alpha=0.3)
     source = rows.source
     depths = [source.exit_depth, source.num_layers]
     width = 0.8 / len(PRECISIONS)
@@ -208,7 +223,5 @@ def draw(report: Report, rows: TraceRows, folder: Path) -> list[Path]:
         right.bar(place, [share, 1 - share], width, label=f"{precision:.0%} of exits right")
     right.set_xticks([0, 1], [f"{depth} layers" for depth in depths])
     right.set(ylabel="share of tokens", ylim=(0, 1), title="depth of tokens")
-    right.legend(fontsize=8)
-    written.append(folder / "exits.png")
-    figure.savefig(written[-1], dpi=120)
-    return written
+    right.legend(fontsize=10)
+    return figure
