@@ -23,8 +23,18 @@ from deployments.shallow import ShallowReplica
 from fathom.api.auth import check_bind, digests_from_env
 from fathom.api.compute import resolve_default
 from fathom.api.promotion import Promoted
-from fathom.config import Placement, PoolConfig, Router, ServeConfig, Topology, from_mapping
+from fathom.config import (
+    SCHEME,
+    ConfigError,
+    Placement,
+    PoolConfig,
+    Router,
+    ServeConfig,
+    Topology,
+    from_mapping,
+)
 from fathom.tuning.operating_points import OperatingPoints, load
+from fathom.types import ComputePolicy
 
 INGRESS, FUSED, SHALLOW, DEEP, CLASSIFIER = "Ingress", "Engine", "Shallow", "Deep", "Classifier"
 """Names of the deployments."""
@@ -55,8 +65,8 @@ def build(config: ServeConfig | Mapping[str, Any]) -> Application:
     digests = digests_from_env()
     check_bind(config.host, digests)
     # Read here, once, and sent along: the file need not be on every node.
-    points = load(Path(config.operating_points)) if config.operating_points else None
-    config = _with_default(config, points)
+    points, point = _points_of(config)
+    config = _with_default(config, points, point)
     if config.topology is Topology.FUSED:
         engines = _serving(FusedReplica, FUSED, config).bind(config, points)
     elif config.placement is Placement.BESIDE:
@@ -118,9 +128,38 @@ def _settings(config: ServeConfig | Mapping[str, Any]) -> ServeConfig:
     return config
 
 
-def _with_default(config: ServeConfig, points: OperatingPoints | None) -> ServeConfig:
-    """The settings with the requests' default policy as an engine takes it."""
-    compute = resolve_default(config.engine.compute, points)
+def _points_of(config: ServeConfig) -> tuple[OperatingPoints | None, str]:
+    """The operating points to serve, and the one of them that was promoted, if one was.
+
+    Raises:
+        ConfigError: for a file that cannot be used, or a version without a registry.
+        RegistryError: if there is no such version, or the registry does not answer.
+    """
+    where = config.operating_points
+    if not where:
+        return None, ""
+    if not where.startswith(SCHEME):
+        return load(Path(where)), ""
+    if not config.mlflow:
+        raise ConfigError(
+            f"operating_points {where} is in a registry: say which by mlflow (--mlflow URI)."
+        )
+    from fathom.tuning.registry import Registry
+
+    points, version = Registry(config.mlflow).load(where)
+    return points, version.point
+
+
+def _with_default(config: ServeConfig, points: OperatingPoints | None, point: str) -> ServeConfig:
+    """The settings with the requests' default policy as an engine takes it.
+
+    Args:
+        point: what was promoted; taken where the settings say nothing themselves.
+    """
+    compute = config.engine.compute
+    if point and compute == ComputePolicy():
+        compute = ComputePolicy(operating_point=point)
+    compute = resolve_default(compute, points)
     return dataclasses.replace(config, engine=dataclasses.replace(config.engine, compute=compute))
 
 

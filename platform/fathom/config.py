@@ -30,6 +30,7 @@ from fathom.types import ComputePolicy, InvalidRequest
 __all__ = [
     "DEFAULT_MODEL",
     "DTYPES",
+    "SCHEME",
     "ConfigError",
     "DataPlaneConfig",
     "DeepConfig",
@@ -49,6 +50,8 @@ __all__ = [
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DTYPES = ("float32", "bfloat16", "float16")
+SCHEME = "models:/"
+"""What names of operating points in the MLflow Model Registry begin with (``tuning.registry``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +145,11 @@ class ServeConfig:
         classifier: folder of a classifier to serve beside it under ``/v1/classify``; empty for
             none. Its replicas must see it under this path.
         operating_points: file of operating points (``fathom calibrate fit``) that requests, and
-            ``engine.compute``, can name; empty for none. It is read where the application is
-            built, and replicas start only if it was measured on what they run.
+            ``engine.compute``, can name; empty for none. Or, with ``mlflow``, a version of the
+            registry, ``models:/NAME@production`` or ``models:/NAME/VERSION``: the point that was
+            promoted is then what requests get, unless ``engine.compute`` says something. It is
+            read where the application is built, and replicas start only if it was measured on what
+            they run.
         load_aware: under pressure, replicas take cheaper settings where requests allow it; off
             unless ``enabled``.
         mlflow: MLflow tracking server, for studies, the registry of operating points, and what the

@@ -19,6 +19,7 @@ from fathom.commands.options import (
 )
 from fathom.commands.points import add_point_options
 from fathom.config import (
+    SCHEME,
     ConfigError,
     LoadConfig,
     ServeConfig,
@@ -38,6 +39,7 @@ _EXAMPLES = """\
   fathom serve --config deployments/disaggregated.yaml    a Ray Serve config file's application
   fathom serve --shallow-replicas 2 --deep-replicas 1     the two stages in processes of their own
   fathom serve --operating-points points.yaml --operating-point balanced    measured settings
+  fathom serve --operating-points models:/NAME@production --mlflow URI      what was promoted
 
 With RAY_ADDRESS set, the server runs on that cluster; otherwise on this machine.
 --mode, --exit-threshold and the other depth options are what requests get that do not say.
@@ -128,7 +130,7 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
             port=args.port,
             model_name=args.model_name,
             classifier=args.classifier and str(Path(args.classifier).absolute()),
-            operating_points=args.operating_points and str(Path(args.operating_points).absolute()),
+            operating_points=_points(args.operating_points),
             load_aware=_load_aware(args, config),
             mlflow=args.mlflow,
             shadow=_shadow(args, config),
@@ -184,6 +186,13 @@ def _topology(args: argparse.Namespace, config: ServeConfig) -> Topology | None:
             f"--shallow-replicas and --deep-replicas, got --replicas {args.replicas}."
         )
     return topology
+
+
+def _points(where: str | None) -> str | None:
+    """A file's path as every folder has it; what is in a registry as it is."""
+    if where is None or where.startswith(SCHEME):
+        return where
+    return str(Path(where).absolute())
 
 
 def _load_aware(args: argparse.Namespace, config: ServeConfig) -> LoadConfig | None:

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fathom.config import SCHEME as SCHEME
 from fathom.tuning.operating_points import Identity, OperatingPoints, load
 
 PRODUCTION, PREVIOUS = "production", "previous"
-SCHEME = "models:/"
 FILE = "points.yaml"
 _STUDY, _POINT, _DIGEST = "fathom.study", "fathom.point", "fathom.points_digest"
 
