@@ -19,7 +19,8 @@ _IN_STEP = 0.9
 """Share of the rate of ``DraftRule.gain`` that several sequences reach, which do not keep step:
 0.85 to 0.97 of it at 2 to 16 sequences of the default model."""
 
-_FREE_TO_PAUSE = (PolicyName.THRESHOLD, PolicyName.ADAPTIVE)
+FREE_TO_PAUSE = (PolicyName.THRESHOLD, PolicyName.ADAPTIVE)
+"""Policies whose exits nobody has asked for as such."""
 
 _BAND = 0.02
 """Half the gap between the gain that ends a pause and the one that starts it."""
@@ -104,7 +105,7 @@ def may_pause(seq: Sequence) -> bool:
     request = seq.request
     if request.compute.mode is not AcceptMode.EXACT:
         return False
-    if request.compute.policy not in _FREE_TO_PAUSE:  # somebody wants these very exits
+    if request.compute.policy not in FREE_TO_PAUSE:  # somebody wants these very exits
         return False
     # Equal in distribution is not equal: the same seed must give the same tokens at any load.
     return sampling.is_greedy(request.sampling) or request.sampling.seed is None
@@ -112,4 +113,9 @@ def may_pause(seq: Sequence) -> bool:
 
 def is_scout(seq: Sequence) -> bool:
     """Whether a sequence drafts in a pause too."""
-    return seq.seq_id % _SCOUTS == 0 and len(seq.tokens) - seq.num_prompt < _SCOUT_TOKENS
+    return scouts(seq.seq_id, len(seq.tokens) - seq.num_prompt)
+
+
+def scouts(number: int, tokens: int) -> bool:
+    """``is_scout`` of the sequence of that number, after so many tokens."""
+    return number % _SCOUTS == 0 and tokens < _SCOUT_TOKENS

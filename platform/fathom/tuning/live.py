@@ -23,8 +23,11 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fathom.evaluation.bootstrap import Interval, interval
-from fathom.evaluation.metrics import ratio
+from fathom.evaluation.metrics import Statistic, ratio
+from fathom.tuning.rows import Floats
 from fathom.types import (
     AcceptMode,
     ComputePolicy,
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 
 Ids = tuple[int, ...]
 
+NOTHING = Interval(None, None, None)
 FULL = ComputePolicy(mode=AcceptMode.FULL)
 
 _BLOCK = 4
@@ -85,6 +89,7 @@ class LiveFigures:
         rescored: ``quality`` by one more full pass; full_rescored: that of mode ``full``.
         tpot_ms: milliseconds a token after the first output, of a request that shares the engine
             with the others. full_tpot_ms: of mode ``full``, in turns with it.
+        speedup: the latter over the former, of the same requests.
         tokens_per_s: of all requests together, prompts included. full_tokens_per_s: of ``full``.
         requests, tokens: that were answered.
     """
@@ -96,8 +101,9 @@ class LiveFigures:
     full_rescored: Interval
     tpot_ms: Interval
     full_tpot_ms: Interval
+    speedup: Interval
     tokens_per_s: float
-    full_tokens_per_s: float
+    full_tokens_per_s: float | None
     requests: int
     tokens: int
 
@@ -122,72 +128,95 @@ def run_live(
     *,
     new_tokens: int,
     at_once: int = 1,
-    advance: Callable[[], None] = lambda: None,
+    beside_full: bool = True,
 ) -> LiveFigures:
-    """Answer prompts greedily under a setting, and in mode ``full`` in turns with it.
+    """Answer prompts greedily under a setting.
 
-    So the machine's slow minutes meet both. The engine should be new: what its policies have seen
-    before changes where they exit.
+    The engine should be new: what its policies have seen before changes where they exit.
 
     Args:
         prompts: token ids; each with its answer and one token more must fit into the context.
         at_once: requests that share the engine.
-        advance: called as each request ends: twice a prompt.
+        beside_full: answer them in mode ``full`` too, in turns with the setting, so that the
+            machine's slow minutes meet both, and check the engine's word by ``rescore``. Else the
+            figures of ``full`` are None, and ``rescored`` too.
 
     Raises:
         LiveError: for a request that fails in the engine.
     """
     # The first passes of a process are slow, and no mode shall pay for them.
-    for policy in (FULL, compute):
-        _serve(engine, prompts[:1], policy, 4, 1)
-    served: list[Served] = []
-    full: list[Served] = []
-    seconds = {True: 0.0, False: 0.0}
-    size = _BLOCK * at_once
+    runs = [_Run(FULL), _Run(compute)] if beside_full else [_Run(compute)]
+    for run in runs:
+        _serve(engine, prompts[:1], run.compute, 4, 1)
+    size = _BLOCK * at_once if beside_full else len(prompts)
     for place in range(0, len(prompts), size):
         block = prompts[place : place + size]
-        for policy, into in ((FULL, full), (compute, served)):
+        for run in runs:
             start = time.perf_counter()
-            into += _serve(engine, block, policy, new_tokens, at_once, advance)
-            seconds[into is full] += time.perf_counter() - start
-    for found in (served, full):
-        rescore(engine, prompts, found)
-    return _figures(engine, served, full, seconds[False], seconds[True])
+            run.served += _serve(engine, block, run.compute, new_tokens, at_once)
+            run.seconds += time.perf_counter() - start
+    if beside_full:
+        for run in runs:
+            rescore(engine, prompts, run.served)
+    return _figures(engine, runs[-1], runs[0] if beside_full else None)
 
 
-def _figures(
-    engine: Engine,
-    served: Sequence[Served],
-    full: Sequence[Served],
-    seconds: float,
-    full_seconds: float,
-) -> LiveFigures:
+@dataclass(slots=True)
+class _Run:
+    """One policy's answers, and the seconds that they took."""
+
+    compute: ComputePolicy
+    served: list[Served] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return sum(len(each.token_ids) for each in self.served) / max(self.seconds, 1e-9)
+
+    @property
+    def paces(self) -> Floats:
+        """[requests, 2]: milliseconds after the first output, and tokens in them."""
+        return np.array([(1e3 * s.seconds, len(s.token_ids) - s.first) for s in self.served])
+
+
+def _figures(engine: Engine, run: _Run, full: _Run | None) -> LiveFigures:
+    served = run.served
     saved = 1 - engine.ledger.costs.exit_cost
     tokens = [len(each.token_ids) for each in served]
 
     def share(values: Iterable[float]) -> Interval:
         return interval(ratio(list(values), tokens))
 
-    def rescored(found: Sequence[Served]) -> Interval:
-        return interval(ratio([s.right for s in found], [len(s.token_ids) for s in found]))
-
-    def tpot(found: Sequence[Served]) -> Interval:
-        later = [len(s.token_ids) - s.first for s in found]
-        return interval(ratio([1e3 * s.seconds for s in found], later))
-
     return LiveFigures(
         quality=share(len(s.token_ids) - s.wrong for s in served),
         budget=share(len(s.token_ids) - saved * s.compute.exited for s in served),
         exit_rate=share(s.compute.exited for s in served),
-        rescored=rescored(served),
-        full_rescored=rescored(full),
-        tpot_ms=tpot(served),
-        full_tpot_ms=tpot(full),
-        tokens_per_s=sum(tokens) / seconds,
-        full_tokens_per_s=sum(len(s.token_ids) for s in full) / full_seconds,
+        rescored=_rescored(run) if full else NOTHING,
+        full_rescored=_rescored(full) if full else NOTHING,
+        tpot_ms=_tpot(run),
+        full_tpot_ms=_tpot(full) if full else NOTHING,
+        speedup=_speedup(run, full) if full else NOTHING,
+        tokens_per_s=run.tokens_per_s,
+        full_tokens_per_s=full.tokens_per_s if full else None,
         requests=len(served),
         tokens=sum(tokens),
     )
+
+
+def _rescored(run: _Run) -> Interval:
+    return interval(ratio([s.right for s in run.served], [len(s.token_ids) for s in run.served]))
+
+
+def _tpot(run: _Run) -> Interval:
+    seconds, tokens = run.paces.T.tolist()
+    return interval(ratio(seconds, tokens))
+
+
+def _speedup(run: _Run, full: _Run) -> Interval:
+    def combine(sums: Floats) -> Floats:
+        return np.asarray(sums[:, 0] / sums[:, 1] / (sums[:, 2] / sums[:, 3]))
+
+    return interval(Statistic(np.hstack([full.paces, run.paces]), combine))
 
 
 def _serve(
@@ -196,7 +225,6 @@ def _serve(
     compute: ComputePolicy,
     new_tokens: int,
     at_once: int,
-    advance: Callable[[], None] = lambda: None,
 ) -> list[Served]:
     """Answer prompts, the next as soon as one of ``at_once`` has ended."""
     found = [Served() for _ in prompts]
@@ -221,7 +249,6 @@ def _serve(
             own.compute = output.usage.compute
         if output.finish_reason is not None:
             own.seconds = now - began[place]
-            advance()
             send(1)
 
     send(at_once)

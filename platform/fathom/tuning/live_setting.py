@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fathom.compute import ComputePolicy
 from fathom.config import EngineConfig
 from fathom.engine.engine import Engine
 from fathom.settings import ConfigError
-from fathom.tuning.live import LiveFigures, run_live
+from fathom.tuning.live import FULL, LiveFigures, run_live
 from fathom.tuning.live_parts import LivePart
 from fathom.tuning.objective import Figures, compute_of, mean_figures, with_first_threshold
 from fathom.tuning.rows import SAME, Source
@@ -18,17 +19,47 @@ from fathom.tuning.study import Study
 from fathom.tuning.study_live import ONLY
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LiveTrials:
+    """What live trials need beside their settings.
+
+    Attributes:
+        parts: requests that they run. full: mode ``full`` on the engine of the space's first
+            values, which times and throughputs of all trials are shares of.
+    """
+
+    parts: list[LivePart]
+    full: Figures
+
+
+def run_trial(study: Study, setting: Mapping[str, Any], live: LiveTrials) -> Figures:
+    """A live trial's figures."""
+    found = as_figures(run_setting(study, setting, live.parts, beside_full=False))
+    return replace(
+        found, full_tpot_ms=live.full.full_tpot_ms, full_tokens_per_s=live.full.full_tokens_per_s
+    )
+
+
+def run_full(study: Study, parts: Sequence[LivePart]) -> Figures:
+    """Mode ``full`` on the engine of the space's first values: what trials are compared with."""
+    setting = {"exit": study.first_exit}
+    found = as_figures(run_setting(study, setting, parts, compute=FULL, beside_full=False))
+    return replace(found, full_tpot_ms=found.tpot_ms, full_tokens_per_s=found.tokens_per_s)
+
+
 def run_setting(
     study: Study,
     setting: Mapping[str, Any],
     parts: Sequence[LivePart],
+    *,
     compute: ComputePolicy | None = None,
-    advance: Callable[[], None] = lambda: None,
+    beside_full: bool = True,
 ) -> list[LiveFigures]:
     """Run a setting on the prompts of its exit's parts, each on an engine that is new.
 
     Args:
-        compute: the setting's policy, if a point has it already with its first λ.
+        compute: in place of the setting's own policy.
+        beside_full: see ``run_live``.
 
     Raises:
         ConfigError: where the engine is not the one that was traced.
@@ -37,20 +68,24 @@ def run_setting(
     name = setting.get("exit", ONLY)
     found = []
     for part in parts:
-        source = part.rows.source
         if part.rows.exit != name:
             continue
+        source = part.rows.source
         policy = compute or with_first_threshold(compute_of(setting, source.exit_cost), part.first)
         config = engine_config(study, setting, source)
         engine = Engine.from_config(config)
         try:
-            check_engine(engine, source, study.exits_by_name[name].adapter)
+            check_engine(engine, source, config.adapter)
             found.append(
                 run_live(
-                    engine, part.prompts, policy, new_tokens=study.live.new_tokens,
-                    at_once=config.max_num_seqs, advance=advance,
+                    engine,
+                    part.prompts,
+                    policy,
+                    new_tokens=study.live.new_tokens,
+                    at_once=config.max_num_seqs,
+                    beside_full=beside_full,
                 )
-            )  # fmt: skip
+            )
         finally:
             engine.close()
     return found
@@ -85,29 +120,24 @@ def check_engine(engine: Engine, source: Source, adapter: str) -> None:
         if ours != traced:
             raise ConfigError(
                 f"the engine to run live is of another {what} than the traces: {name} {ours!r}, "
-                f"not {traced!r}. Name the adapter they were recorded with under exits (adapter: "
-                f"{adapter or source.adapter!r} was taken), or record them again."
+                f"not {traced!r}. Name the adapter that they were recorded with under exits "
+                f"({adapter!r} was taken), or record them again."
             )
 
 
 def as_figures(found: Sequence[LiveFigures]) -> Figures:
-    """Live figures as a trial has them: mean over the data sets."""
+    """Live figures as a trial has them: mean over the data sets; 0 for what was not measured."""
     return mean_figures(
         [
             Figures(
-                quality=_of(each.quality.value),
-                budget=_of(each.budget.value),
-                tpot_ms=_of(each.tpot_ms.value),
-                full_tpot_ms=_of(each.full_tpot_ms.value),
-                exit_rate=_of(each.exit_rate.value),
+                quality=each.quality.value or 0.0,
+                budget=each.budget.value or 0.0,
+                tpot_ms=each.tpot_ms.value or 0.0,
+                full_tpot_ms=each.full_tpot_ms.value or 0.0,
+                exit_rate=each.exit_rate.value or 0.0,
                 tokens_per_s=each.tokens_per_s,
-                full_tokens_per_s=each.full_tokens_per_s,
+                full_tokens_per_s=each.full_tokens_per_s or 0.0,
             )
             for each in found
         ]
     )
-
-
-def _of(value: float | None) -> float:
-    assert value is not None
-    return value

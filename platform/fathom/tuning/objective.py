@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fathom.compute import AcceptMode, ComputePolicy, PolicyName
+from fathom.engine.drafting import FREE_TO_PAUSE, DraftRule
 from fathom.exits.bias import Method
 from fathom.exits.live import LivePolicies
 from fathom.tuning.adaptive_replay import live_thresholds
@@ -114,6 +115,11 @@ def _figures(setting: Mapping[str, Any], first: TraceRows, rows: TraceRows) -> F
     source = rows.source
     compute = compute_of(setting, source.exit_cost)
     leaves = _leaves(compute, first, rows)
+    pauses = (
+        setting.get("pause_drafting", True)
+        and compute.mode is AcceptMode.EXACT
+        and compute.policy in FREE_TO_PAUSE
+    )
     order = np.lexsort((rows.position, rows.groups))
     groups = rows.groups[order]
     agrees = rows.agrees[order].tolist()
@@ -126,6 +132,7 @@ def _figures(setting: Mapping[str, Any], first: TraceRows, rows: TraceRows) -> F
         compute.mode,
         0.5,
         cap=compute.max_stack,
+        rule=DraftRule(source.costs) if pauses else None,
     )
     full_ms = 1e3 * (source.costs.shallow_full(1) + source.costs.deep(1))
     return Figures(
@@ -157,7 +164,8 @@ def _leaves(compute: ComputePolicy, first: TraceRows, rows: TraceRows) -> Bools:
     confidence = measure.of(rows)
     if compute.policy is PolicyName.ADAPTIVE:
         thresholds, _ = live_thresholds(measure, confidence, rows.agrees, Method.EM)
-        return np.asarray(confidence > thresholds)
+        probed = np.random.default_rng(0).random(len(rows)) < compute.probes
+        return np.asarray((confidence > thresholds) & ~probed)
     return np.asarray(confidence > compute.threshold)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fathom.bench.ideal import Costs
+from fathom.engine.drafting import DraftRule, scouts
 from fathom.tuning.rows import Floats, TraceRows
 from fathom.types import AcceptMode
 
@@ -37,36 +38,54 @@ def replay(
     threshold: float,
     *,
     cap: int,
+    rule: DraftRule | None = None,
 ) -> Prediction:
     """Replay the rows as one sequence at a time would be decoded, and add up measured costs.
 
     Confidences and agreement come from the full model's own contexts. That is right in mode
     ``exact`` up to the first rejected draft; what was drafted behind it is thrown away, and its
-    amount is estimated by the true continuation. In ``free`` contexts would drift after a wrong
-    token: only first-order errors are counted.
+    amount is estimated by the true continuation. In ``free`` contexts drift after a wrong token:
+    only first-order errors are counted.
+
+    As in the engine, the row behind a full stack is not asked and joins its flush, and a mode that
+    holds drafts decides a sequence's first token at full depth.
 
     Args:
         confidence, agrees: [n], sequences one after the other, each in the order of its positions.
         fine: [n], whether ``mode`` keeps a draft at this row; ``free`` keeps all.
         ends: row behind the last of each sequence.
         cap: most drafts a flush.
+        rule: a new one, of an engine that drafts in ``exact`` only where that pays.
     """
+    holds = mode is not AcceptMode.FREE
     full = costs.shallow_full(1) + costs.deep(1)
     seconds, tokens, wrong, exits, at = 0.0, 0, 0, 0, 0
-    for end in ends:
+    for number, end in enumerate(ends):
+        first = at
         while at < end:
+            paused = rule is not None and rule.pause(1) and not scouts(number, at - first)
+            drafts = not paused and not (holds and at == first)
             stop = at
-            while stop < end and stop - at < cap and confidence[stop] > threshold:
+            while drafts and stop < end and stop - at < cap and confidence[stop] > threshold:
                 stop += 1
-            # The row that was not confident joins the flush and gets the deep answer.
-            rows = stop - at + (stop < end and stop - at < cap)
-            seconds += rows * costs.shallow(1) + costs.deep(rows)
+            # The row behind the drafts joins the flush and gets the deep answer.
+            rows = stop - at + (stop < end)
+            if paused:
+                seconds += full
+            else:
+                seconds += rows * costs.shallow(1) + costs.deep(rows)
             kept = rows
-            if mode is not AcceptMode.FREE:
+            if holds:
                 kept = next((i - at + 1 for i in range(at, stop) if not fine[i]), rows)
-            left = [
-                i for i in range(at, min(stop, at + kept)) if fine[i] or mode is AcceptMode.FREE
-            ]
+            judged = range(at, min(stop, at + kept))
+            left = [i for i in judged if fine[i] or not holds]
+            if rule is not None and drafts:
+                for _ in range(at, stop):
+                    rule.decided(exited=True)
+                if stop - at < cap and stop < end:
+                    rule.decided(exited=False)
+                for i in judged:
+                    rule.judged(agreed=fine[i])
             exits += len(left)
             wrong += sum(not agrees[i] for i in left)
             tokens += kept

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optuna
@@ -25,9 +25,12 @@ from ray.tune.search.optuna import OptunaSearch
 from fathom.tuning import asha
 from fathom.tuning.asha import Parts
 from fathom.tuning.ledger import Ledger, Trial
-from fathom.tuning.objective import evaluate
+from fathom.tuning.objective import Figures, evaluate
 from fathom.tuning.space import Dimension, Setting
 from fathom.tuning.study import Scheduler, Searcher, Study
+
+if TYPE_CHECKING:
+    from fathom.tuning.live_setting import LiveTrials
 
 OnTrials = Callable[[Sequence[Trial]], None]
 
@@ -39,7 +42,13 @@ class SearchError(RuntimeError):
 
 
 def search(
-    study: Study, parts: Parts, work_dir: Path, *, parallel: int = 0, on_trials: OnTrials
+    study: Study,
+    parts: Parts,
+    work_dir: Path,
+    *,
+    parallel: int = 0,
+    live: LiveTrials | None = None,
+    on_trials: OnTrials,
 ) -> list[Trial]:
     """Run the trials that are not done yet; returns all of them, by number.
 
@@ -49,7 +58,8 @@ def search(
 
     Args:
         parts: see ``evaluate``. work_dir: holds the trials' files; the same for all workers.
-        parallel: most trials at a time; 0: one a core.
+        parallel: most trials at a time; 0: as many as there are cores for.
+        live: of a study that is evaluated live.
         on_trials: is told of trials that are done, in groups, from another thread.
 
     Raises:
@@ -60,7 +70,7 @@ def search(
     if len(done) < study.total:
         follower = _Follower(ledger, on_trials)
         with follower:
-            failed = _run(study, parts, work_dir, ledger, done, parallel)
+            failed = _run(study, parts, work_dir, ledger, done, parallel, live)
         done = ledger.done()
         if len(done) < study.total:
             why = f": {failed}" if failed else " before its end"
@@ -74,7 +84,13 @@ def search(
 
 
 def _run(
-    study: Study, parts: Parts, work_dir: Path, ledger: Ledger, done: list[Trial], parallel: int
+    study: Study,
+    parts: Parts,
+    work_dir: Path,
+    ledger: Ledger,
+    done: list[Trial],
+    parallel: int,
+    live: LiveTrials | None,
 ) -> str:
     """Run what is left; returns the first error's last line, or nothing."""
     # Each trial would get files of three loggers else; the ledger is the record.
@@ -85,9 +101,9 @@ def _run(
     resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     folder = str((work_dir / "trials").resolve())
     levels = asha.rungs(study, parts)
-    trainable = tune.with_parameters(_Replay, study=study, rungs=levels, folder=folder)
+    trainable = tune.with_parameters(_Worker, study=study, rungs=levels, live=live, folder=folder)
     tuner = tune.Tuner(
-        tune.with_resources(trainable, {"cpu": 1}),
+        tune.with_resources(trainable, _cores if live else {"cpu": 1}),
         tune_config=tune.TuneConfig(
             search_alg=_Search(
                 study,
@@ -102,7 +118,7 @@ def _run(
             scheduler=asha.scheduler(study, len(levels), [ledger.climbed(trial) for trial in done]),
             num_samples=study.total - len(done),
             max_concurrent_trials=parallel or max(1, int(resources.get("CPU", 1))),
-            reuse_actors=True,
+            reuse_actors=live is None,  # an engine's threads are its process's
         ),
         run_config=tune.RunConfig(
             name=f"{study.name}-{time.time_ns()}",
@@ -114,19 +130,28 @@ def _run(
     return str(errors[0]).strip().splitlines()[-1] if errors else ""
 
 
-class _Replay(tune.Trainable):
+def _cores(config: Mapping[str, Any]) -> tune.PlacementGroupFactory:
+    """What a live trial reserves: a core for each of its engine's threads."""
+    return tune.PlacementGroupFactory([{"CPU": config["threads"]}])
+
+
+class _Worker(tune.Trainable):
     """One trial after the other, in a worker that keeps the traces."""
 
     def setup(self, config: dict[str, Any], **fixed: Any) -> None:
         self._study: Study = fixed["study"]
         self._rungs: Sequence[Parts] = fixed["rungs"]
+        self._live: LiveTrials | None = fixed["live"]
         self._ledger = Ledger(Path(fixed["folder"]))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         return True
 
     def step(self) -> dict[str, Any]:
-        """Replay the next rung, unless the ledger has it: a trial that was killed climbs again."""
+        """Measure the trial at the next rung, unless the ledger has it.
+
+        A trial that was killed climbs again.
+        """
         setting = {**self.config}
         number = setting.pop("number")
         level = self.iteration
@@ -136,7 +161,7 @@ class _Replay(tune.Trainable):
         if trial is None:
             start = time.perf_counter()
             below = self._ledger.at_rung(number, level - 1) if level else None
-            figures = evaluate(setting, self._rungs[level])
+            figures = self._measure(setting, self._rungs[level])
             seconds = time.perf_counter() - start + (below.seconds if below else 0.0)
             trial = Trial(number, setting, figures, seconds, None if top else level)
             if top:
@@ -149,6 +174,13 @@ class _Replay(tune.Trainable):
             named[asha.SHARE] = self._study.asha.reduction_factor**level
             named[asha.STANDING] = asha.standing(self._study, trial.figures)
         return {**named, "trial": trial, "done": top}
+
+    def _measure(self, setting: Setting, parts: Parts) -> Figures:
+        if self._live is None:
+            return evaluate(setting, parts)
+        from fathom.tuning.live_setting import run_trial  # loads torch, which replays do without
+
+        return run_trial(self._study, setting, self._live)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """A trial has nothing to go on from: it is run again, or done."""

@@ -21,11 +21,14 @@ OWN = {
 }
 """Policies that a trace can replay, with the dimensions that they alone have."""
 
-COMMON = ("mode", "policy", "confidence", "max_stack", "exit_temperature")
+COMMON = ("mode", "policy", "confidence", "max_stack", "exit_temperature", "pause_drafting")
 """Dimensions of all policies."""
 
-ENGINE = ("threads", "max_num_seqs", "max_num_batched_tokens", "pause_drafting")
-"""Dimensions of the engine, under their names in ``EngineConfig``: only live trials tell them."""
+LIVE_ONLY = ("threads", "max_num_seqs", "max_num_batched_tokens")
+"""Dimensions that a replay cannot tell."""
+
+ENGINE = (*LIVE_ONLY, "pause_drafting")
+"""Dimensions of the engine and not of a request, under their names in ``EngineConfig``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +73,9 @@ class Space:
     """Dimensions as written: a value, a list of values, or ``{low, high}``.
 
     Attributes:
+        pause_drafting: whether the engine drafts in mode ``exact`` only where that pays.
         threads: of the engine. max_num_seqs: requests that share it; live, so many are always
-            under way. max_num_batched_tokens: most rows of a pass. pause_drafting: whether it
-            drafts only where that pays. All of ``EngineConfig``, and with ``evaluate: replay`` one
+            under way. max_num_batched_tokens: most rows of a pass. With ``evaluate: replay`` one
             value each, for what runs live afterwards.
     """
 

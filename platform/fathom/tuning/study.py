@@ -12,7 +12,7 @@ from typing import Any
 
 from fathom.compute import PolicyName
 from fathom.settings import ConfigError, check_at_least, from_mapping, read_yaml
-from fathom.tuning.space import COMMON, ENGINE, OWN, Dimension, Setting, Space, is_number
+from fathom.tuning.space import COMMON, LIVE_ONLY, OWN, Dimension, Setting, Space, is_number
 from fathom.tuning.study_live import (
     ONLY,
     Evaluation,
@@ -121,7 +121,7 @@ class Study:
         if self.exits and self.traces:
             raise ConfigError("traces: each of exits has its own; leave these out.")
         check_exits(self.exits_by_name)
-        self.live.check(len(next(iter(self.exits_by_name.values())).traces))
+        self.live.check(len(self.exits_by_name[self.first_exit].traces))
         known = ", ".join(Objective)
         for each in _list("objectives", self.objectives, known):
             if each not in list(Objective):
@@ -177,8 +177,9 @@ class Study:
                     "scheduler asha begins trials on few rows of a trace, and evaluate: live has "
                     "none: take scheduler none, or evaluate: replay."
                 )
+            self._check_rows(dimensions)
             return
-        for name in ENGINE:
+        for name in LIVE_ONLY:
             if not dimensions[name].single:
                 raise ConfigError(
                     f"space.{name} has several values, which a replay cannot tell apart: take "
@@ -190,10 +191,25 @@ class Study:
                 "not have: take evaluate: live, or tpot."
             )
 
+    def _check_rows(self, dimensions: Mapping[str, Dimension]) -> None:
+        rows, stack = dimensions["max_num_batched_tokens"], dimensions["max_stack"]
+        least = min(rows.values or (rows.low,))
+        most = max(stack.values or (stack.high,))
+        if least <= most:
+            raise ConfigError(
+                f"space.max_num_batched_tokens must exceed space.max_stack ({most}), got {least}: "
+                "a stack is flushed in one pass."
+            )
+
     @property
     def exits_by_name(self) -> dict[str, Exit]:
         """All exits; that of a study which names none is called ``ONLY``."""
         return self.exits or {ONLY: Exit(self.traces)}
+
+    @property
+    def first_exit(self) -> str:
+        """Name of the first exit."""
+        return next(iter(self.exits_by_name))
 
     def dimensions(self) -> dict[str, Dimension]:
         """Dimensions of a trial by name, those that one policy alone has among them."""
@@ -205,7 +221,7 @@ class Study:
     def names(self, policy: str) -> list[str]:
         """Names of a trial's dimensions under a policy."""
         exits = ["exit"] if self.exits else []
-        engine = ENGINE if self.evaluate is Evaluation.LIVE else ()
+        engine = LIVE_ONLY if self.evaluate is Evaluation.LIVE else ()
         return [*exits, *COMMON, *engine, *OWN[PolicyName(policy)]]
 
     @property

@@ -18,7 +18,7 @@ from fathom.tuning.objective import Figures, compute_of, evaluate, reference, wi
 from fathom.tuning.operating_points import Calibration, Identity, OperatingPoints, Point
 from fathom.tuning.pareto import hypervolume, on_front
 from fathom.tuning.rows import Measure
-from fathom.tuning.space import ENGINE
+from fathom.tuning.space import LIVE_ONLY
 from fathom.tuning.study import Study
 from fathom.tuning.study_live import ONLY
 from fathom.tuning.study_traces import Traces
@@ -84,8 +84,8 @@ def make_points(
         own = traces.of(exit_name)
         rows = own.choose[0]
         compute = with_first_threshold(compute_of(trial.setting, rows.source.exit_cost), rows)
-        engine = {key: value for key, value in trial.setting.items() if key in ENGINE}
-        needs = f", with {json.dumps(engine)}" if engine else ""
+        engine = {key: value for key, value in trial.setting.items() if key in LIVE_ONLY}
+        needs = f", measured with {json.dumps(engine)}" if engine else ""
         found.setdefault(exit_name, {})[name] = Point(
             dataclasses.replace(compute, operating_point=name),
             _measured(evaluate(trial.setting, own.held_out), own),

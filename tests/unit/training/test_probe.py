@@ -45,16 +45,20 @@ def test_the_replay_is_what_decoding_would_cost() -> None:
     free = predict(found, COSTS, AcceptMode.FREE, 0.5, cap=8, nats=0.5)
     assert free.speedup == pytest.approx(10 * 5 / (5 * 2 + (9 + 3) + 9))
     assert free.wrong == 1 / 5
-    # exact: the flush of rows 0-3 keeps row 0 and the correction of row 1; then 2, 3; then 4.
+    # exact: an answer's first row goes deep at once; the flush of rows 1-3 keeps the correction of
+    # row 1; then 2, 3; then 4.
     exact = predict(found, COSTS, AcceptMode.EXACT, 0.5, cap=8, nats=0.5)
-    assert exact.speedup == pytest.approx(10 * 5 / ((4 + 2 + 1) * 2 + (9 + 3) + (9 + 1) + 9))
+    assert exact.speedup == pytest.approx(
+        10 * 5 / ((1 + 3 + 2 + 1) * 2 + 9 + (9 + 2) + (9 + 1) + 9)
+    )
     assert exact.wrong == 0
     # rollback within 2 nats keeps the wrong draft.
     rollback = predict(found, COSTS, AcceptMode.ROLLBACK, 0.5, cap=8, nats=2.0)
-    assert (rollback.speedup, rollback.wrong) == (free.speedup, 1 / 5)
-    # A cap of 1 flushes after every draft.
+    assert rollback.speedup == pytest.approx(10 * 5 / ((1 + 3 + 1) * 2 + 9 + (9 + 2) + 9))
+    assert rollback.wrong == 1 / 5
+    # A cap of 1 flushes after every draft, with the row behind it.
     capped = predict(found, COSTS, AcceptMode.FREE, 0.5, cap=1, nats=0.5)
-    assert capped.speedup == pytest.approx(10 * 5 / (5 * 2 + 5 * 9))
+    assert capped.speedup == pytest.approx(10 * 5 / (5 * 2 + 2 * (9 + 1) + 9))
 
 
 def test_free_is_predicted_within_its_budget_of_wrong_tokens() -> None:

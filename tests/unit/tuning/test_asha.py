@@ -20,7 +20,7 @@ from fathom.tuning import asha
 from fathom.tuning.ledger import Ledger, Trial
 from fathom.tuning.objective import Figures
 from fathom.tuning.rows import TraceRows, read_rows
-from fathom.tuning.search import _prepared, _Propose, _Replay, _sampler, _Search
+from fathom.tuning.search import _prepared, _Propose, _sampler, _Search, _Worker
 from fathom.tuning.study import Asha, Constraints, Scheduler, Study
 from fathom.tuning.study_points import front
 from fathom.tuning.study_traces import read_traces
@@ -103,11 +103,13 @@ def test_a_resumed_scheduler_lets_pass_whom_the_first_would() -> None:
     assert decisions == ["CONTINUE", "CONTINUE", "STOP", "CONTINUE"]
 
 
-def replay(parts: list[tuple[TraceRows, TraceRows]], folder: Path, number: int) -> _Replay:
-    own = _Replay.__new__(_Replay)
+def replay(parts: list[tuple[TraceRows, TraceRows]], folder: Path, number: int) -> _Worker:
+    own = _Worker.__new__(_Worker)
     own._iteration = 0
     own.config = {**SETTING, "exit_threshold": 0.5, "number": number}
-    own.setup(own.config, study=STUDY, rungs=asha.rungs(STUDY, parts), folder=str(folder))
+    own.setup(
+        own.config, study=STUDY, rungs=asha.rungs(STUDY, parts), live=None, folder=str(folder)
+    )
     return own
 
 

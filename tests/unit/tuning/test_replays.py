@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fathom.engine.costs import CostCurve, StageCosts
+from fathom.engine.drafting import DraftRule
 from fathom.exits.bias import Method, View
 from fathom.exits.live import LivePolicies, most_exits
 from fathom.exits.p_values import Bound
@@ -16,7 +17,7 @@ from fathom.exits.risk import losses
 from fathom.tuning.adaptive_replay import STEP, mixed, probing, replicas, switch
 from fathom.tuning.budget_replay import MAX_STACK, live_exits, outcome, spend, targets
 from fathom.tuning.policies_bench import bench
-from fathom.tuning.replay import replay, replay_trace
+from fathom.tuning.replay import Prediction, replay, replay_trace
 from fathom.tuning.risk_replay import check_elsewhere, check_splits
 from fathom.tuning.rows import Measure, TraceRows, read_rows
 from fathom.types import AcceptMode, ComputePolicy
@@ -52,13 +53,34 @@ def test_decoding_is_replayed_row_by_row() -> None:
     # Two sequences of three rows, a flush each: 2 * (3 * 1 + 3) seconds beside 6 * 4.
     assert (free.speedup, free.wrong, free.exits) == (2.0, 1 / 6, 4 / 6)
     exact = replay(*values, AcceptMode.EXACT, 0.5, cap=8)
-    # The wrong draft costs what was drafted behind it: its row is decided, the third comes again.
+    # A sequence's first token comes from the deep stage. The wrong draft costs what was drafted
+    # behind it: its row is decided, the third comes again.
     assert exact.wrong == 0
-    assert exact.exits == 3 / 6
-    assert exact.speedup == pytest.approx(24 / (6 + 4 + 6))
+    assert exact.exits == 1 / 6
+    assert exact.speedup == pytest.approx(24 / ((4 + 5 + 4) + (4 + 5)))
+    # The row behind a full stack is decided in its flush, however sure the exit would be.
     capped = replay(*values, AcceptMode.FREE, 0.5, cap=1)
-    assert capped.exits == 4 / 6
-    assert capped.speedup == pytest.approx(24 / (4 * (1 + 3) + 2 * (1 + 3)))
+    assert capped.exits == 2 / 6
+    assert capped.speedup == pytest.approx(24 / (2 * (2 + 3) + 2 * (1 + 3)))
+
+
+def test_exact_stops_drafting_where_it_does_not_pay() -> None:
+    # The exit head makes a shallow pass dearer.
+    costs = dataclasses.replace(COSTS, shallow=CostCurve(((1, 1.3),)))
+
+    def run(agrees: list[bool], *, pauses: bool) -> Prediction:
+        return replay(
+            [0.9] * 400, agrees, agrees, [200, 400], costs, AcceptMode.EXACT, 0.5, cap=8,
+            rule=DraftRule(costs) if pauses else None,
+        )  # fmt: skip
+
+    wrong = [False] * 400
+    # Nine rows and a flush for one token; after 64 decisions it goes to full depth.
+    assert run(wrong, pauses=False).speedup < 0.3
+    assert 0.7 < run(wrong, pauses=True).speedup < 1
+    right = [True] * 400
+    assert run(right, pauses=True) == run(right, pauses=False)
+    assert run(right, pauses=True).speedup > 1
 
 
 def test_a_trace_is_replayed_in_the_order_of_its_sequences(rows: TraceRows) -> None:
