@@ -50,7 +50,7 @@ def add_point_routes(app: FastAPI, service: Service, takeover: Takeover | None) 
 
         Requests under way end with what they began with.
         """
-        await takeover.promote(_promotion(body))
+        await takeover.promote(asked_promotion(body))
         return standing(service)
 
     @app.post("/v1/operating_points/rollback", response_model=None)
@@ -60,7 +60,7 @@ def add_point_routes(app: FastAPI, service: Service, takeover: Takeover | None) 
         return standing(service)
 
 
-def _promotion(body: PromoteRequest) -> Promotion:
+def asked_promotion(body: PromoteRequest) -> Promotion:
     """What is asked for.
 
     Raises:

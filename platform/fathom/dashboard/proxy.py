@@ -6,7 +6,7 @@ where it is given a tracking server.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -18,13 +18,14 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from fathom import __version__
-from fathom.api.auth import DASHBOARD, KeyMiddleware, is_loopback
+from fathom.api.auth import KeyMiddleware, is_loopback
 from fathom.api.errors import ApiError, install_error_handlers
-from fathom.dashboard.routes import Control, add_dashboard_routes
+from fathom.dashboard.routes import ROLLBACK, SITE, STUDIES, add_dashboard_routes
 
 _METHODS = ["GET", "POST"]
+_POINTS = "/v1/operating_points"
 _PASSED = ("/v1/{path:path}", "/metrics", "/ready", "/health", "/version")
-_STUDIES = (f"{DASHBOARD}/data/studies", f"{DASHBOARD}/data/{{path:path}}")
+_STUDIES = (STUDIES, f"{STUDIES}/{{path:path}}", ROLLBACK)
 _ASKED = ("accept", "content-type", "last-event-id", "x-request-id")
 _ANSWERED = ("content-type", "content-encoding", "cache-control", "x-request-id", "retry-after")
 _CONNECT_S = 5.0
@@ -68,6 +69,19 @@ class Upstream:
         )
         kept = {k: v for k, v in answer.headers.items() if k in _ANSWERED}
         return _Relay(_pieces(answer), answer.status_code, kept)
+
+    async def standing(self) -> dict[str, Any]:
+        """See ``dashboard.control.Server``."""
+        found: dict[str, Any] = await self.call("GET", _POINTS)
+        return found
+
+    async def take(self, body: Mapping[str, Any]) -> None:
+        """See ``dashboard.control.Server``."""
+        await self.call("POST", _POINTS, dict(body))
+
+    async def roll_back(self) -> None:
+        """See ``dashboard.control.Server``."""
+        await self.call("POST", f"{_POINTS}/rollback")
 
     async def call(self, method: str, path: str, body: Any = None) -> Any:
         """A JSON answer of the server.
@@ -121,7 +135,6 @@ def create_proxy(
     host: str,
     digests: Sequence[bytes],
     mlflow: str = "",
-    control: Control | None = None,
 ) -> FastAPI:
     """Build the application.
 
@@ -130,7 +143,6 @@ def create_proxy(
         digests: of the keys that open it: those of the server, for it can do what they can. Without
             any, only clients on this machine are served.
         mlflow: tracking server that studies are read from; empty has the server read them.
-        control: how points are promoted that are read from ``mlflow``.
     """
 
     @asynccontextmanager
@@ -157,16 +169,16 @@ def create_proxy(
         _add_site(app, upstream, can_log_out=bool(digests))
     for path in passed:
         app.add_api_route(path, upstream.forward, methods=_METHODS, response_model=None)
-    add_dashboard_routes(app, digests=digests, mlflow=mlflow, control=control)
+    add_dashboard_routes(app, digests=digests, mlflow=mlflow, server=upstream)
     return app
 
 
 def _add_site(app: FastAPI, upstream: Upstream, *, can_log_out: bool) -> None:
-    @app.get(f"{DASHBOARD}/data/site", response_model=None)
+    @app.get(SITE, response_model=None)
     async def site() -> dict[str, Any]:
         """What the server says of itself, if it does, and this login."""
         try:
-            found = await upstream.call("GET", f"{DASHBOARD}/data/site")
+            found = await upstream.call("GET", SITE)
         except ApiError:
             found = {"version": __version__, "links": {}}
         return {**found, "can_log_out": can_log_out}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
-from urllib.parse import parse_qs
+from collections.abc import Awaitable, Mapping, Sequence
+from typing import Any, TypeVar
+from urllib.parse import parse_qs, urlsplit
 
 from fastapi import FastAPI
 from pydantic import BaseModel
@@ -17,11 +17,15 @@ from fathom import __version__
 from fathom.api import sessions
 from fathom.api.auth import ASSETS, DASHBOARD, LOGIN, digest, is_allowed
 from fathom.api.errors import ApiError
+from fathom.dashboard import control
 from fathom.dashboard.assets import HEADERS, asset, send
-from fathom.dashboard.studies import Studies
+from fathom.dashboard.control import Server
 from fathom.settings import ConfigError
 
 LOGOUT = "/dashboard/logout"
+SITE = "/dashboard/data/site"
+STUDIES = "/dashboard/data/studies"
+ROLLBACK = "/dashboard/data/rollback"
 _REFUSED = b'<p class="failure" role="alert">That is none of this server\'s API keys.</p>'
 _NO_STUDIES = (
     "Studies come from MLflow, and no tracking server is set: start with --mlflow URI "
@@ -29,25 +33,6 @@ _NO_STUDIES = (
 )
 
 Result = TypeVar("Result")
-
-
-class Control(Protocol):
-    """Changes what a server serves by default."""
-
-    async def promote(self, uri: str, run_id: str, point: str) -> None:
-        """Register a study's points and have the server take them over.
-
-        Args:
-            uri: of the tracking server. run_id: of the study. point: the new default.
-
-        Raises:
-            ApiError, InvalidRequest, ConfigError, BackendUnavailable: nothing has changed then.
-        """
-        ...
-
-    async def rollback(self, uri: str) -> None:
-        """Go back to what was before the last promotion; see ``promote``."""
-        ...
 
 
 class PromotePoint(BaseModel):
@@ -62,7 +47,7 @@ def add_dashboard_routes(
     digests: Sequence[bytes],
     mlflow: str = "",
     links: Mapping[str, str] | None = None,
-    control: Control | None = None,
+    server: Server | None = None,
 ) -> None:
     """Add the dashboard to an application behind ``KeyMiddleware``.
 
@@ -70,14 +55,16 @@ def add_dashboard_routes(
         digests: of the API keys, as the middleware has them; without any there is no login.
         mlflow: tracking server that studies are read from; empty for none.
         links: other pages by their names, as the Ray dashboard.
-        control: how points are promoted, if they can be.
+        server: what points are promoted on, if they can be.
     """
-    studies = Studies(mlflow) if mlflow else None
     _add_pages(app)
     _add_login(app, tuple(digests))
-    _add_data(app, studies, dict(links or {}), can_log_out=bool(digests))
-    if studies is not None and control is not None:
-        _add_control(app, studies, control)
+    page = mlflow.rstrip("/") if urlsplit(mlflow).scheme in ("http", "https") else ""
+    known = {**({"MLflow": page} if page else {}), **(links or {})}
+    _add_site(app, known, can_log_out=bool(digests))
+    _add_studies(app, mlflow, page)
+    if mlflow and server is not None:
+        _add_control(app, mlflow, server)
 
 
 def _add_pages(app: FastAPI) -> None:
@@ -131,40 +118,46 @@ def _add_login(app: FastAPI, digests: tuple[bytes, ...]) -> None:
         return answer
 
 
-def _add_data(
-    app: FastAPI, studies: Studies | None, links: dict[str, str], *, can_log_out: bool
-) -> None:
-    if studies is not None and studies.page:
-        links = {"MLflow": studies.page, **links}
-
-    @app.get(f"{DASHBOARD}/data/site", response_model=None, include_in_schema=False)
+def _add_site(app: FastAPI, links: dict[str, str], *, can_log_out: bool) -> None:
+    @app.get(SITE, response_model=None, include_in_schema=False)
     async def site() -> dict[str, Any]:
         return {"version": __version__, "links": links, "can_log_out": can_log_out}
 
-    @app.get(f"{DASHBOARD}/data/studies", response_model=None, include_in_schema=False)
+
+def _add_studies(app: FastAPI, mlflow: str, page: str) -> None:
+    """Args: page: address of MLflow's own pages; empty for a store without them."""
+
+    def linked(study: dict[str, Any]) -> dict[str, Any]:
+        where = f"experiments/{study['experiment_id']}/runs/{study['run_id']}"
+        return {**study, "url": f"{page}/#/{where}" if page else None}
+
+    @app.get(STUDIES, response_model=None, include_in_schema=False)
     async def listed() -> dict[str, Any]:
-        if studies is None:
+        if not mlflow:
             return {"studies": [], "why": _NO_STUDIES}
-        found = await _ask(studies, studies.listed)
-        return {"studies": found, "has_ui": bool(studies.page)}
+        from fathom.tuning.studies import list_studies
 
-    @app.get(f"{DASHBOARD}/data/studies/{{run_id}}", response_model=None, include_in_schema=False)
+        found = await _asked(asyncio.to_thread(list_studies, mlflow))
+        return {"studies": [linked(each) for each in found]}
+
+    @app.get(STUDIES + "/{run_id}", response_model=None, include_in_schema=False)
     async def study(run_id: str) -> dict[str, Any]:
-        own = _needed(studies)
-        return await _ask(own, lambda: own.study(_run_id(run_id)))
+        if not mlflow:
+            raise ApiError(404, _NO_STUDIES)
+        from fathom.tuning.studies import describe_study
+
+        return linked(await _asked(asyncio.to_thread(describe_study, mlflow, run_id)))
 
 
-def _add_control(app: FastAPI, studies: Studies, control: Control) -> None:
-    where = f"{DASHBOARD}/data"
-
-    @app.post(f"{where}/studies/{{run_id}}/promote", response_model=None, include_in_schema=False)
+def _add_control(app: FastAPI, mlflow: str, server: Server) -> None:
+    @app.post(STUDIES + "/{run_id}/promote", response_model=None, include_in_schema=False)
     async def promote(run_id: str, body: PromotePoint) -> dict[str, Any]:
-        await control.promote(studies.uri, _run_id(run_id), body.point)
+        await _asked(control.promote(server, mlflow, run_id, body.point))
         return {"promoted": body.point}
 
-    @app.post(f"{where}/rollback", response_model=None, include_in_schema=False)
+    @app.post(ROLLBACK, response_model=None, include_in_schema=False)
     async def rollback() -> dict[str, Any]:
-        await control.rollback(studies.uri)
+        await _asked(control.roll_back(server, mlflow))
         return {"rolled_back": True}
 
 
@@ -174,33 +167,24 @@ def _check_own_page(request: Request) -> None:
         raise ApiError(403, "This form can only be sent from the dashboard's own pages.")
 
 
-def _needed(studies: Studies | None) -> Studies:
-    if studies is None:
-        raise ApiError(404, _NO_STUDIES)
-    return studies
-
-
-def _run_id(text: str) -> str:
-    # MLflow takes it into a filter and a path.
-    if not (text.isascii() and text.isalnum() and len(text) <= 64):
-        raise ApiError(404, f"There is no run {text!r}.")
-    return text
-
-
-async def _ask(studies: Studies, work: Callable[[], Result]) -> Result:
-    """What the tracking server says, without stopping the loop.
+async def _asked(work: Awaitable[Result]) -> Result:
+    """What a tracking server says.
 
     Raises:
-        ApiError: with its words, if it does not answer or refuses.
+        ApiError: with its words, if it does not answer or has not what was asked for.
     """
+    from fathom.tuning.registry import RegistryError
+
     try:
-        return await asyncio.to_thread(work)
-    except ConfigError as error:
-        raise ApiError(503, str(error), kind="server_error") from error
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] not in ("mlflow", "sqlalchemy"):
-            raise
-        words = " ".join(str(error).split())[:300]
+        return await work
+    except ModuleNotFoundError as error:
         raise ApiError(
-            502, f"The tracking server {studies.uri} says: {words}", kind="server_error"
+            503,
+            f"studies need {error.name}, which is not installed where the dashboard is served: "
+            "python -m pip install 'fathom-serve[train]'.",
+            kind="server_error",
         ) from error
+    except RegistryError as error:
+        raise ApiError(502, " ".join(str(error).split()), kind="server_error") from error
+    except ConfigError as error:
+        raise ApiError(404, str(error)) from error

@@ -40,7 +40,7 @@ async function open(runId) {
     opened = await get(`dashboard/data/studies/${runId}`);
     chosen = null;
   } catch (error) {
-    opened = { run_id: runId, front: [], trials: [], why: error.message };
+    opened = { run_id: runId, front: [], figures: [], why: error.message };
   }
   showList();
   showFront();
@@ -75,11 +75,12 @@ function showList() {
     place.replaceChildren(el("p", { class: "empty" }, listed.why ?? "No study yet. `fathom tune study.yaml --mlflow URI` runs one."));
     return;
   }
-  const columns = [{ name: "Study" }, { name: "Begun" }, { name: "Status", left: true }, { name: "Trials" }, { name: "Hypervolume" }, ...(listed.has_ui ? [{ name: "MLflow" }] : [])];
+  const linked = listed.studies.some((study) => study.url);
+  const columns = [{ name: "Study" }, { name: "Begun" }, { name: "Status", left: true }, { name: "Trials" }, { name: "Hypervolume" }, ...(linked ? [{ name: "MLflow" }] : [])];
   const made = table(columns, listed.studies.map((study) => [
-    el("button", { class: "linkish", type: "button", "aria-pressed": String(study.run_id === opened?.run_id), click: () => open(study.run_id) }, study.name),
-    time(study.begun), study.status.toLowerCase(), num(study.trials), num(study.hypervolume, 4),
-    ...(listed.has_ui ? [el("a", { href: study.url, target: "_blank", rel: "noreferrer" }, "run")] : []),
+    el("button", { class: "linkish", type: "button", "aria-pressed": String(study.run_id === opened?.run_id), click: () => open(study.run_id) }, study.study),
+    time(1000 * study.started), study.status.toLowerCase(), num(study.trials), num(study.hypervolume, 4),
+    ...(linked ? [el("a", { href: study.url, target: "_blank", rel: "noreferrer" }, "run")] : []),
   ]));
   [...made.tBodies[0].rows].forEach((row, i) => row.classList.toggle("chosen", listed.studies[i].run_id === opened?.run_id));
   place.replaceChildren(made);
@@ -89,9 +90,9 @@ function showFront() {
   const any = Boolean(opened);
   byId("front-card").hidden = byId("points-card").hidden = !any;
   if (!any) return;
-  byId("front-title").textContent = `Pareto front of ${opened.name ?? opened.run_id}`;
+  byId("front-title").textContent = `Pareto front of ${opened.study ?? opened.run_id}`;
   showTable();
-  if (opened.front.length || opened.trials.length) showChart();
+  if (opened.front.length || opened.figures.length) showChart();
 }
 
 function showChart() {
@@ -104,7 +105,7 @@ function showChart() {
   draw(
     chart,
     () => [
-      { type: "scatter", mode: "markers", name: "trials", x: opened.trials.map((t) => t[axis]), y: opened.trials.map((t) => 100 * t.quality), marker: { color: colour("soft"), size: 5, opacity: 0.55 }, hovertemplate: "trial: %{y:.2f} % at %{x:.3g}<extra></extra>" },
+      { type: "scatter", mode: "markers", name: "trials", x: opened.figures.map((t) => t[axis]), y: opened.figures.map((t) => 100 * t.quality), marker: { color: colour("soft"), size: 5, opacity: 0.55 }, hovertemplate: "trial: %{y:.2f} % at %{x:.3g}<extra></extra>" },
       { type: "scatter", mode: "lines+markers", name: "front, on held-out requests", x: sorted.map(at), y: sorted.map((row) => 100 * row.held_out.agreement), text: sorted.map((row) => row.point), customdata: sorted.map((row) => row.point),
         marker: { color: sorted.map((row) => colour(row.point === chosen ? "two" : "one")), size: sorted.map((row) => (isServed(row) ? 15 : row.point === chosen ? 12 : 9)), symbol: sorted.map(live) },
         line: { color: colour("one"), width: 1.25 }, hovertemplate: "%{text}: %{y:.2f} % at %{x:.3g}<extra></extra>" },
@@ -146,7 +147,7 @@ function showTable() {
       isServed(row) ? el("strong", {}, "served")
         : el("button", { type: "button", "aria-label": `Promote ${row.point}`, "data-point": row.point, disabled: !serving, click: () => promote(row) }, "Promote"),
     ];
-  }), `Points of ${opened.name}`);
+  }), `Points of ${opened.study}`);
   [...made.tBodies[0].rows].forEach((row, i) => row.classList.toggle("chosen", held[i].point === chosen));
   place.replaceChildren(made);
 }
@@ -155,7 +156,7 @@ async function promote(row) {
   const own = row.held_out;
   const yes = await confirmed(
     `Promote ${row.point}?`,
-    `Requests that name no compute get ${row.point} of ${opened.name}: ${fields(row.setting)}. Agreement ${percent(own.agreement, 2)} on held-out requests, ` +
+    `Requests that name no compute get ${row.point} of ${opened.study}: ${fields(row.setting)}. Agreement ${percent(own.agreement, 2)} on held-out requests, ` +
       `predicted × ${num(own.predicted_speedup)}. Requests under way end with what they began with.`,
     "Promote",
   );
