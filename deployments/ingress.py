@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 from prometheus_client import Metric
 from ray import serve
+from ray._private.services import get_webui_url_from_internal_kv
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -88,6 +89,7 @@ class Ingress:
             self._service.shadow = self._shadow.state
         self._key_digests = tuple(key_digests)
         self._max_body_bytes = config.max_body_bytes
+        self._mlflow = config.mlflow
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor."""
@@ -99,6 +101,8 @@ class Ingress:
             all_metrics=self._all_metrics if self._siblings else None,
             classifier=self._classifier,
             takeover=self._takeover,
+            mlflow=self._mlflow,
+            links=_links(),
         )
 
     def reconfigure(self, user_config: Mapping[str, Any]) -> None:
@@ -136,3 +140,9 @@ class Ingress:
         if journal is not None:
             journal.close()
             await asyncio.to_thread(end_if_deleted, journal.application)
+
+
+def _links() -> dict[str, str]:
+    """Pages of the cluster that the dashboard links to: none where Ray was started without."""
+    address = get_webui_url_from_internal_kv()  # type: ignore[no-untyped-call]
+    return {"Ray dashboard": f"http://{address}"} if address else {}

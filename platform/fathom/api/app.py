@@ -26,6 +26,7 @@ from fathom.api.promotion import Takeover
 from fathom.api.schemas import ChatCompletionRequest, CompletionRequest
 from fathom.api.service import Answer, Service
 from fathom.api.sse import EventStream
+from fathom.dashboard.control import OwnServer
 from fathom.dashboard.routes import add_dashboard_routes
 from fathom.observability.metrics import CONTENT_TYPE
 
@@ -76,7 +77,8 @@ def create_app(
     add_exit_route(app, service)
     add_point_routes(app, service, takeover)
     _add_operator_routes(app, service, all_metrics)
-    add_dashboard_routes(app, digests=key_digests, mlflow=mlflow, links=links)
+    own = OwnServer(service, takeover) if takeover else None
+    add_dashboard_routes(app, digests=key_digests, mlflow=mlflow, links=links, server=own)
     return app
 
 
