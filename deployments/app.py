@@ -33,6 +33,7 @@ from fathom.config import (
     Topology,
     from_mapping,
 )
+from fathom.observability.tracing import endpoint_of
 from fathom.tuning.operating_points import OperatingPoints, load
 from fathom.types import ComputePolicy
 
@@ -67,6 +68,9 @@ def build(config: ServeConfig | Mapping[str, Any]) -> Application:
     # Read here, once, and sent along: the file need not be on every node.
     points, point = _points_of(config)
     config = _with_default(config, points, point)
+    # The environment of this process, as for the keys: that of a worker is its node's.
+    endpoint = endpoint_of(config.otlp_traces_endpoint)
+    config = dataclasses.replace(config, otlp_traces_endpoint=endpoint)
     if config.topology is Topology.FUSED:
         engines = _serving(FusedReplica, FUSED, config).bind(config, points)
     elif config.placement is Placement.BESIDE:

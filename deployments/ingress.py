@@ -29,6 +29,7 @@ from fathom.config import ServeConfig
 from fathom.exits.drift import Expected
 from fathom.models.resolve import resolve_model
 from fathom.models.tokenizer import load_tokenizer
+from fathom.observability.tracing import Tracing
 from fathom.tuning.expected import expectations
 from fathom.tuning.operating_points import OperatingPoints
 
@@ -82,6 +83,11 @@ class Ingress:
         if classifier is not None:
             self._classifier = HandleClassifier(classifier, limit=config.max_requests)
         self._takeover = ServeTakeover(engine, config.engine.compute)
+        self._tracing = None
+        if config.otlp_traces_endpoint:
+            name = serve.get_replica_context().replica_id.unique_id
+            self._tracing = Tracing(config.otlp_traces_endpoint, instance=name)
+            self._service.trace(self._tracing)
         self._shadow = None
         if config.shadow.rate:
             application = serve.get_replica_context().app_name
@@ -133,6 +139,9 @@ class Ingress:
 
     async def __del__(self) -> None:
         # Serve calls this after it has let the streams under way finish.
+        tracing = getattr(self, "_tracing", None)
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
         shadow = getattr(self, "_shadow", None)
         if shadow is not None:
             shadow.close()

@@ -157,7 +157,9 @@ class ServeConfig:
         shadow: a share of the completions is compared with the full model; off unless its ``rate``
             is above 0.
         otlp_traces_endpoint: URL that traces of requests go to, by OTLP over HTTP
-            (``http://localhost:4318/v1/traces``); empty traces nothing.
+            (``http://localhost:4318/v1/traces``); ``env`` takes OpenTelemetry's own variables
+            where the application is built, as ``OTEL_EXPORTER_OTLP_ENDPOINT``; empty traces
+            nothing.
         host, port: where HTTP binds. Without an API key only loopback addresses are allowed.
         num_ingress_replicas: processes that speak HTTP's side. Figures of requests in ``/metrics``
             are then one series each.
@@ -282,10 +284,10 @@ class ServeConfig:
         self.load_aware.validate("load_aware.")
         self.shadow.validate("shadow.")
         url = self.otlp_traces_endpoint
-        if url and not url.startswith(("http://", "https://")):
+        if url and url != "env" and not url.startswith(("http://", "https://")):
             raise ConfigError(
                 "otlp_traces_endpoint must be a URL of OTLP over HTTP, as "
-                f"http://localhost:4318/v1/traces, got {url!r}."
+                f"http://localhost:4318/v1/traces, or env, got {url!r}."
             )
         if self.placement is Placement.BESIDE and self.deep.max_replicas:
             raise ConfigError(

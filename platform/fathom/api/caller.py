@@ -28,12 +28,15 @@ class Caller:
         last_event_id: number of the last event that the client saw of this stream; None if the
             request does not go on with a stream that it knows.
         owner: digest of the API key; empty on a server without keys.
+        traceparent, tracestate: W3C trace context, as sent; empty for none.
     """
 
     request_id: str
     session_id: str = ""
     last_event_id: int | None = None
     owner: bytes = b""
+    traceparent: str = ""
+    tracestate: str = ""
 
     @property
     def tenant(self) -> str:
@@ -61,6 +64,8 @@ def caller_of(connection: HTTPConnection, owner: bytes = b"") -> Caller:
         session_id=_name(headers, SESSION_ID),
         last_event_id=int(last) if last else None,
         owner=owner,
+        traceparent=headers.get("traceparent", ""),
+        tracestate=headers.get("tracestate", ""),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from typing import TYPE_CHECKING
 
 from fathom.api.backend import Backend
 from fathom.api.errors import failure_of
@@ -14,12 +15,16 @@ from fathom.api.schemas import ComputeOptions
 from fathom.observability.metrics import RequestTimer
 from fathom.types import InvalidRequest, Request, RequestOutput, Token, Usage
 
+if TYPE_CHECKING:
+    from fathom.observability.tracing import RequestSpan
+
 
 class Run:
     """Runs the engine requests of one API call, all with the same ``n``.
 
     Args:
         given: by index, what completions have given already where this goes on with them.
+        span: of its trace, if it is traced; ended with it.
 
     Attributes:
         usages: (prompt, completion) -> usage, complete once ``batches`` has ended.
@@ -31,10 +36,13 @@ class Run:
         requests: Sequence[Request],
         timer: RequestTimer,
         given: Mapping[int, Given] | None = None,
+        span: RequestSpan | None = None,
     ) -> None:
         self._backend = backend
         self._requests = requests
         self._timer = timer
+        self._span = span
+        self._reasons: list[str] = []
         self._n = n = requests[0].n
         given = given or {}
         self._finished = {index for index, each in given.items() if each.finished}
@@ -57,6 +65,7 @@ class Run:
         wanted = [i for i in range(n * len(self._requests)) if i not in self._finished]
         self._timer.begin(wanted)
         reason = "cancelled"
+        failure: Exception | None = None
         prompts = sorted({index // n for index in wanted})
         streams = [self._backend.generate(self._requests[prompt]) for prompt in prompts]
         try:
@@ -67,13 +76,15 @@ class Run:
                     if news:
                         yield [self._choice(prompt, out) for out in news]
         except InvalidRequest as error:
-            reason = "error"
+            reason, failure = "error", error
             raise _in_the_callers_words(error) from error
-        except Exception:
-            reason = "error"
+        except Exception as error:
+            reason, failure = "error", error
             raise
         finally:
             self._timer.abandon(reason)
+            if self._span is not None:
+                self._span.end(self.usages, self._reasons, failure)
 
     def progress(self, choice: Choice) -> Progress:
         """What the latest news of a completion brought, as it is kept."""
@@ -91,10 +102,13 @@ class Run:
     def _choice(self, prompt: int, out: RequestOutput) -> Choice:
         index = prompt * self._n + out.index
         self._timer.tokens(index, len(out.tokens))
+        if self._span is not None and out.tokens:
+            self._span.tokens()
         if out.usage is not None:
             self.usages[prompt, out.index] = out.usage
         if out.finish_reason is not None:
             self._timer.finish(index, out.finish_reason.value)
+            self._reasons.append(out.finish_reason.value)
         failure = failure_of(out)
         if failure is not None:
             raise failure

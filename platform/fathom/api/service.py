@@ -32,6 +32,7 @@ from fathom.api.schemas import ChatCompletionRequest, CompletionRequest, Generat
 from fathom.api.streams import Streams, body_digest
 from fathom.api.usage import usage_body
 from fathom.observability.metrics import RequestTimer, ServerMetrics
+from fathom.observability.tracing import Tracing
 from fathom.tuning.operating_points import OperatingPoints
 from fathom.types import ComputePolicy, InvalidRequest, Request
 
@@ -118,6 +119,10 @@ class Service:
     async def exit_states(self) -> Sequence[ExitState]:
         """What the exit policies of all replicas that answer have seen."""
         return await self._backend.exit_states()
+
+    def trace(self, tracing: Tracing) -> None:
+        """Trace requests from now on."""
+        self._streams.tracing = tracing
 
     async def shadow_state(self) -> Mapping[str, Any] | None:
         """See ``shadow``; None without one."""
@@ -249,7 +254,10 @@ class Service:
             started=time.time(),
         )
         prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
-        run = Run(self._backend, plan.requests, RequestTimer(self.metrics, prompt_tokens))
+        timer = RequestTimer(self.metrics, prompt_tokens)
+        tracing = self._streams.tracing
+        span = tracing.begin(caller, plan) if tracing else None
+        run = Run(self._backend, plan.requests, timer, span=span)
         batches = run.batches()
         # Errors before the first token get an HTTP status of their own, in a stream too.
         first = await self._first(batches)

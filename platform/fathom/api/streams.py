@@ -25,6 +25,7 @@ from fathom.api.schemas import GenerationRequest
 from fathom.api.scribe import Scribe
 from fathom.api.stream import StreamWriter, as_events, to_the_end
 from fathom.observability.metrics import RequestTimer, ServerMetrics
+from fathom.observability.tracing import Tracing
 
 
 class Streams:
@@ -33,7 +34,12 @@ class Streams:
     Args:
         journal: None keeps nothing, and numbers no events.
         keep_s: seconds for which the journal keeps a stream.
+
+    Attributes:
+        tracing: what traces requests, if anything does.
     """
+
+    tracing: Tracing | None = None
 
     def __init__(
         self,
@@ -121,7 +127,8 @@ class Streams:
         if fingerprint and fingerprint != plan.style.fingerprint:
             raise model_changed()
         requests = rest_of(plan, given, taken.epoch, time.time())
-        run = Run(self._backend, requests, RequestTimer(self._metrics, 0), given)
+        span = self.tracing.begin(caller, plan) if self.tracing else None
+        run = Run(self._backend, requests, RequestTimer(self._metrics, 0), given, span)
         writer = StreamWriter(
             self.dialect(plan),
             with_usage=plan.with_usage,

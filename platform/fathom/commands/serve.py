@@ -87,8 +87,10 @@ def add_parser(commands: Any) -> None:
     server.add_argument(
         "--otlp-traces-endpoint",
         metavar="URL",
+        nargs="?",
+        const="env",
         help="send traces of requests there by OTLP over HTTP, e.g. "
-        "http://localhost:4318/v1/traces",
+        "http://localhost:4318/v1/traces; without a URL, where OTEL_EXPORTER_OTLP_ENDPOINT says",
     )
     server.add_argument("--replicas", type=int, metavar="N", help="fused replicas (default: 1)")
     server.add_argument(

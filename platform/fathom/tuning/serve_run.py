@@ -48,7 +48,7 @@ class ServeRun:
         self._tags = dict(tags)
         self._every_s = every_s
         self._client: Any = None
-        self._started_ms = 0
+        self._started_ms = int(time.time() * 1000)
         self._totals: dict[str, dict[str, int]] = {}
         self._waiting: deque[tuple[int, dict[str, float]]] = deque(maxlen=_MOST_KEPT)
         self._alert = self._told_alert = "none"
@@ -147,7 +147,8 @@ class ServeRun:
             run = found[0]
         else:
             tags = {**self._tags, "fathom.server": self._server, ALERT: self._alert}
-            run = client.create_run(number, tags=tags, run_name=f"serve-{self._server}")
+            name = f"serve-{self._server}"
+            run = client.create_run(number, self._started_ms, tags, name)
             self._told_alert = self._alert
         self._client = client
         self._started_ms = run.info.start_time
