@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import ray
 from ray import serve
@@ -76,6 +77,23 @@ def test_both_models_are_listed_and_served(http: httpx.Client) -> None:
     assert [card["id"] for card in cards] == ["tiny", "mood"]
     body = {"model": "tiny", "prompt": "ab", "max_tokens": 2, "ignore_eos": True}
     assert http.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] == 2
+
+
+def test_metrics_count_inputs_by_head(server: TestServer, http: httpx.Client) -> None:
+    metrics = TestServer(url=f"{server.url}/classify", model="mood").metrics
+
+    before = metrics()
+    answers = [classify(http, texts(40, seed=seed), 0.6) for seed in range(3)]
+    after = metrics()
+    grown = {name: after[name] - before.get(name, 0) for name in after if "classify" in name}
+    assert grown["fathom_classify_inputs_total"] == 120
+    assert grown["fathom_classify_request_seconds_count"] == 3
+    pages = [answer["usage"]["compute"] for answer in answers]
+    for name in ("flops", "full_flops"):
+        assert grown[f"fathom_classify_{name}_total"] == pytest.approx(sum(p[name] for p in pages))
+    heads = http.get("/metrics").text
+    for head, inputs in enumerate(np.sum([page["heads"] for page in pages], axis=0), 1):
+        assert not inputs or f'fathom_classify_inputs_total{{head="{head}"' in heads
 
 
 def test_a_budget_that_cannot_be_kept_is_refused_with_the_smallest(http: httpx.Client) -> None:

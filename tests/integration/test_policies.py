@@ -16,6 +16,7 @@ from ray import serve
 from deployments.policies import PolicyExchange, _find, stop_policies
 from fathom.engine.build import build_engine
 from fathom.exits.live import LivePolicies
+from fathom.exits.meta import MetaClassifier
 from fathom.types import AcceptMode, ComputePolicy, PolicyName
 from tests.integration.apart import engine_settings, save_model
 from tests.points import points_of
@@ -124,42 +125,69 @@ def test_a_lost_actor_is_replaced_and_nobody_waits_for_it(pair: tuple[Seen, Seen
     assert ray.get(_find(APPLICATION).replicas.remote()) == 2
 
 
+TOPOLOGIES = {
+    "fused": {"num_replicas": 2, "cpus_per_replica": 0.5},
+    "disaggregated": {
+        "topology": "disaggregated",
+        "shallow": {"num_replicas": 2, "cpus": 0.2},
+        "deep": {"cpus": 0.2},
+    },
+}
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_replicas_of_an_application_share(
-    server: TestServer, tiny_model: Path, tmp_path: Path
+    server: TestServer, tiny_model: Path, tmp_path: Path, topology: str
 ) -> None:
-    """Two replicas of one model; requests of one session go to one of them alone."""
+    """Two replicas of one model; requests of one session go to one of them alone.
+
+    The application has operating points and a meta classifier, and its requests name both.
+    """
     from deployments.app import build
 
     model = save_model(tmp_path / "model", tiny_model)
+    info = build_engine(engine_settings(model)).info
+    points, meta = tmp_path / "points.yaml", tmp_path / "meta.safetensors"
+    points_of(info).save(points)
+    MetaClassifier(32).save(meta, info.weights_digest, {"adapter_digest": info.adapter_digest})
     application = build(
         {
             "engine": {
                 "model": str(model), "dtype": "float32", "kv_cache_bytes": 8 << 20,
-                "adapter": "none",
+                "adapter": "none", "meta": str(meta),
             },
-            "num_replicas": 2,
-            "cpus_per_replica": 0.5,
+            "operating_points": str(points),
             "drain_s": 1,
+            **TOPOLOGIES[topology],
         }
     )  # fmt: skip
     serve.run(application, name="sharing", route_prefix="/sharing")
     try:
         with TestServer(url=f"{server.url}/sharing", model=str(model)).http() as http:
-            body = {
-                "model": str(model), "prompt": "abc", "max_tokens": 100, "ignore_eos": True,
-                "compute": {"mode": "free", "policy": "adaptive"},
-            }  # fmt: skip
-            for _ in range(3):
+
+            def complete(**compute: Any) -> dict[str, Any]:
+                body = {
+                    "model": str(model), "prompt": "abc", "max_tokens": 100, "ignore_eos": True,
+                    "compute": compute,
+                }  # fmt: skip
                 answer = http.post("/v1/completions", json=body, headers={"X-Session-Id": "s"})
                 assert answer.status_code == 200, answer.text
+                return dict(answer.json()["usage"]["compute"])
+
+            for _ in range(3):
+                complete(mode="free", policy="adaptive")
+            for name in ("exact", "balanced", "fast"):
+                assert complete(operating_point=name)["operating_point"] == name
+            assert complete(mode="free", confidence="meta", exit_threshold=0.4)["mode"] == "free"
 
             def states() -> list[dict[str, Any]]:
                 return list(http.get("/v1/exits").raise_for_status().json()["replicas"])
 
             assert len(states()) == 2
             assert sum(bool(each["measures"]) for each in states()) >= 1
-            # Both know the measure, also the one that has run nothing.
-            wait_until(lambda: all(each["measures"] for each in states()))
+            # Both know every measure, also the one that has run nothing.
+            measures = {"softmax_gap", "softmax_gap@1.25", "meta"}
+            wait_until(lambda: all(set(each["measures"]) == measures for each in states()))
             found = http.get("/v1/exits").json()
             rows = [sum(s["measures"]["softmax_gap"]["rows"].values()) for s in found["replicas"]]
             assert sum(found["merged"]["measures"]["softmax_gap"]["rows"].values()) == sum(rows)

@@ -72,7 +72,7 @@ def create_app(
     app.add_middleware(RequestIdMiddleware, echo=echo_request_id)
     _add_completion_routes(app, service)
     if classifier is not None:
-        add_classify_route(app, classifier)
+        add_classify_route(app, classifier, service.metrics.of_classifier())
     _add_model_routes(app, service, classifier)
     add_exit_route(app, service)
     add_point_routes(app, service, takeover)

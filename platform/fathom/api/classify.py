@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fathom.api.errors import model_not_found
 from fathom.api.schemas import Model, Text
 from fathom.classification import ClassifierInfo, ClassifyJob, ClassifyResult
+from fathom.observability.classifier_metrics import ClassifierMetrics
 from fathom.types import InvalidRequest
 
 MAX_INPUTS = 1024
@@ -67,15 +68,19 @@ class ClassifierBackend(Protocol):
         ...
 
 
-def add_classify_route(app: FastAPI, backend: ClassifierBackend) -> None:
+def add_classify_route(
+    app: FastAPI, backend: ClassifierBackend, metrics: ClassifierMetrics
+) -> None:
     """Serve a classifier under ``/v1/classify``."""
 
     @app.post("/v1/classify", response_model=None)
     async def classify(body: ClassifyRequest) -> dict[str, Any]:
+        start = time.perf_counter()
         info = await backend.classifier_info()
         if body.model != info.name:
             raise model_not_found(body.model)
         result = await backend.classify(job_of(body, info))
+        metrics.answered(info.name, result, time.perf_counter() - start)
         return response_body(info, result)
 
 

@@ -184,7 +184,7 @@ def meta_of(plan: SplitPlan) -> MetaClassifier | None:
     """The classifier that the settings name, if any.
 
     Raises:
-        ModelError: for a file that cannot be read, or was made for another model or adapter.
+        ModelError: for a file that cannot be read, or was made for another model, width or adapter.
     """
     config = plan.config
     if not config.meta:
@@ -195,6 +195,12 @@ def meta_of(plan: SplitPlan) -> MetaClassifier | None:
         raise ModelError(
             f"{config.meta}: the meta classifier reads the exit of adapter {made_for or 'none'}, "
             f"this one is {plan.adapter_digest or 'none'}: train one for this adapter."
+        )
+    width = plan.model.hidden_size
+    if meta.size != width:
+        raise ModelError(
+            f"{config.meta}: the meta classifier reads states of width {meta.size}, this model's "
+            f"have {width}: train one for this model."
         )
     return meta
 

@@ -18,6 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from fathom.api.backend import ReplicaReport
+from fathom.observability.classifier_metrics import ClassifierMetrics
 from fathom.observability.shadow import ShadowMetrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -143,6 +144,10 @@ class ServerMetrics:
     def count_finished(self, reason: str) -> None:
         """Count the end of one completion."""
         self._finished.labels(self._model_name, reason).inc()
+
+    def of_classifier(self) -> ClassifierMetrics:
+        """Metrics of the classifier that is served beside the model; to be asked for once."""
+        return ClassifierMetrics(self._registry)
 
     def collect(self) -> list[Metric]:
         """What was measured here, for another ingress to show."""

@@ -348,11 +348,14 @@ def test_a_trained_classifier_is_a_confidence(make_engine: MakeEngine, tmp_path:
     assert done["a", 0].last.usage.compute.exited > 0
 
 
-def test_a_classifier_of_another_adapter_is_refused(
+def test_a_classifier_of_another_adapter_or_width_is_refused(
     make_engine: MakeEngine, tmp_path: Path
 ) -> None:
     path = tmp_path / "meta.safetensors"
     digest = make_engine().info.weights_digest
     MetaClassifier(32).save(path, digest, {"adapter_digest": "another"})
     with pytest.raises(ModelError, match="adapter another"):
+        make_engine(meta=str(path))
+    MetaClassifier(48).save(path, digest)
+    with pytest.raises(ModelError, match="width 48, this model's have 32"):
         make_engine(meta=str(path))
