@@ -86,7 +86,7 @@ class KeyMiddleware:
         self._digests = tuple(digests)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] in ("http", "websocket") and not self._is_open(scope["path"]):
+        if scope["type"] in ("http", "websocket") and not self._is_open(_path(scope)):
             refusal = self._refusal(scope)
             if refusal is not None:
                 if self._digests and _is_visit(scope):
@@ -130,11 +130,17 @@ class KeyMiddleware:
         return None
 
 
+def _path(scope: Scope) -> str:
+    """The path of a request within the application, wherever that is mounted."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
 def _is_visit(scope: Scope) -> bool:
     """Whether a person opens the dashboard."""
     return (
         scope["type"] == "http"
-        and scope["path"] == DASHBOARD
+        and _path(scope) == DASHBOARD
         and "text/html" in HTTPConnection(scope).headers.get("accept", "")
     )
 
