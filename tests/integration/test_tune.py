@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import psutil
 import pytest
 import yaml
 
@@ -28,8 +29,20 @@ def start(folder: Path, *options: str) -> subprocess.Popen[str]:
     log = (folder / "log").open("a")
     return subprocess.Popen(
         [*COMMAND, "tune", "small.yaml", "--parallel", "2", *options],
-        cwd=folder, env=environment(), stdout=log, stderr=log, text=True,
+        cwd=folder, env=environment(), stdout=log, stderr=log, text=True, start_new_session=True,
     )  # fmt: skip
+
+
+def kill(search: subprocess.Popen[str]) -> None:
+    """SIGKILL to the search's whole process group at once; what Ray has elsewhere ends after it."""
+    try:
+        family = psutil.Process(search.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        family = []
+    os.killpg(search.pid, signal.SIGKILL)
+    search.wait()
+    _, left = psutil.wait_procs(family, timeout=60)
+    assert not left, f"still running: {left}"
 
 
 def files(folder: Path, kind: str) -> dict[str, tuple[int, str]]:
@@ -45,6 +58,17 @@ def runs(folder: Path) -> list[Any]:
     return list(client.search_runs([experiment.experiment_id], max_results=1000))
 
 
+def wait_for(folder: Path, search: subprocess.Popen[str], count: int, *kinds: str) -> None:
+    """Until there are so many files of these kinds, or the search has ended well."""
+    deadline = time.monotonic() + 180
+    while sum(len(files(folder, kind)) for kind in kinds) < count:
+        if search.poll() == 0:
+            return
+        assert search.poll() is None, (folder / "log").read_text()
+        assert time.monotonic() < deadline, (folder / "log").read_text()
+        time.sleep(0.02)
+
+
 @pytest.mark.slow
 def test_a_killed_study_goes_on_without_losing_or_repeating_a_trial(tmp_path: Path) -> None:
     write_trace(tmp_path / "a.parquet", requests=60, tokens=30, scale=4)
@@ -58,27 +82,11 @@ def test_a_killed_study_goes_on_without_losing_or_repeating_a_trial(tmp_path: Pa
         },
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(body))
-    chance = random.Random(time.time_ns())
-    before: dict[str, tuple[int, str]] = {}
-    begun: dict[str, tuple[int, str]] = {}
-    for kill in range(2):
-        search = start(tmp_path)
-        # At some moment once trials are coming in.
-        wanted = len(before) + chance.randint(2, 6)
-        deadline = time.monotonic() + 180
-        while len(files(tmp_path, "done")) < wanted:
-            assert search.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        time.sleep(chance.random() * 0.3)
-        os.kill(search.pid, signal.SIGKILL)
-        search.wait()
-        # Its workers end with it, maybe with a last trial.
-        time.sleep(3)
-        assert before.items() <= files(tmp_path, "done").items(), f"kill {kill}"
-        assert begun.items() <= files(tmp_path, "begun").items(), f"kill {kill}"
-        before, begun = files(tmp_path, "done"), files(tmp_path, "begun")
-    assert len(before) < TRIALS
+    search = start(tmp_path)
+    wait_for(tmp_path, search, random.Random(time.time_ns()).randint(2, 12), "done")
+    kill(search)
+    before, begun = files(tmp_path, "done"), files(tmp_path, "begun")
+    assert 0 < len(before) < TRIALS
     search = start(tmp_path, "--json", "out.json")
     assert search.wait(timeout=240) == 0, (tmp_path / "log").read_text()
     # What was done stays as it was; what was begun has its own setting still.
@@ -116,7 +124,12 @@ def test_a_killed_study_goes_on_without_losing_or_repeating_a_trial(tmp_path: Pa
     assert parent.data.tags["fathom.weights_digest"] == "weights-1"
     assert parent.data.metrics["hypervolume"] == pytest.approx(report["hypervolume"])
     folder = Path(parent.info.artifact_uri.removeprefix("file://"))
-    assert {p.name for p in folder.iterdir()} == {"small.yaml", "front.json", "points.yaml"}
+    assert {p.name for p in folder.iterdir()} == {
+        "small.yaml", "front.json", "points.yaml", "figures",
+    }  # fmt: skip
+    drawn = {p.name for p in (folder / "figures").iterdir()}
+    assert {"pareto_front.png", "exit_depth.png", "parallel_coordinates.png"} <= drawn
+    assert drawn == {Path(path).name for path in report["figures"]}
 
     # Once more: nothing runs, and another study is not mixed in.
     again = start(tmp_path, "--json", "again.json")
@@ -127,3 +140,74 @@ def test_a_killed_study_goes_on_without_losing_or_repeating_a_trial(tmp_path: Pa
     (tmp_path / "small.yaml").write_text(yaml.safe_dump({**body, "seed": 7}))
     assert start(tmp_path).wait(timeout=60) == 2
     assert "whose seed is 0, not 7" in " ".join((tmp_path / "log").read_text().split())
+
+
+@pytest.mark.slow
+def test_asha_killed_at_random_loses_and_repeats_nothing(tmp_path: Path) -> None:
+    write_trace(tmp_path / "a.parquet", requests=120, tokens=30, scale=4)
+    body = {
+        "traces": ["a.parquet"],
+        "objectives": ["tpot"],
+        "constraints": {"max_quality_loss": 0.2},
+        "scheduler": "asha",
+        "asha": {"first_rows": 150, "reduction_factor": 3},
+        "trials": TRIALS,
+        "space": {
+            "policy": ["threshold", "budget", "adaptive"],
+            "confidence": ["softmax_gap", "max_prob"],
+            "max_stack": {"low": 1, "high": 12},
+        },
+    }
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(body))
+    seed = time.time_ns()
+    chance = random.Random(seed)
+    kinds = ("begun", "rung-*", "done")
+    known: dict[str, tuple[int, str]] = {}
+
+    def check() -> None:
+        """What was written before stays as it was, to the nanosecond: nothing ran again."""
+        now = {name: each for kind in kinds for name, each in files(tmp_path, kind).items()}
+        changed = [name for name, each in known.items() if now.get(name) != each]
+        assert not changed, f"seed {seed}: {changed}"
+        known.update(now)
+
+    search = start(tmp_path)
+    time.sleep(chance.uniform(0, 6))  # at its start, maybe while it makes MLflow's tables
+    kill(search)
+    check()
+    for _ in range(2):
+        search = start(tmp_path)
+        wait_for(tmp_path, search, len(known) + chance.randint(1, TRIALS), *kinds)
+        time.sleep(chance.uniform(0, 0.5))
+        kill(search)
+        check()
+    search = start(tmp_path, "--json", "out.json")
+    assert search.wait(timeout=240) == 0, (tmp_path / "log").read_text()
+    check()
+
+    names = [f"{n:05d}" for n in range(TRIALS)]
+    done = {name[:5]: json.loads(text) for name, (_, text) in files(tmp_path, "done").items()}
+    begun = {name[:5]: json.loads(text) for name, (_, text) in files(tmp_path, "begun").items()}
+    assert list(done) == list(begun) == names
+    assert all(done[name]["setting"] == begun[name]["setting"] for name in names)
+    # 1,800 rows are replayed on: rungs of 200, 600 and all of them.
+    stopped = {name: trial["rung"] for name, trial in done.items() if trial["rung"] is not None}
+    assert 0 < len(stopped) < TRIALS
+    for name in names:
+        last = stopped.get(name, 1)
+        rungs = [each for each in files(tmp_path, "rung-*") if each.startswith(name)]
+        assert rungs == [f"{name}.rung-{rung}.json" for rung in range(last + 1)]
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["trials"] == TRIALS
+    assert all(f"{row['trial']:05d}" not in stopped for row in report["front"])
+
+    (parent,) = [run for run in runs(tmp_path) if "mlflow.parentRunId" not in run.data.tags]
+    children = {run.info.run_name: run for run in runs(tmp_path) if run.info != parent.info}
+    assert len(runs(tmp_path)) == TRIALS + 1
+    assert sorted(children) == [f"trial-{name}" for name in names]
+    for name, run in children.items():
+        trial = done[name.removeprefix("trial-")]
+        assert run.info.status == "FINISHED"
+        assert run.data.metrics["tpot_ms"] == pytest.approx(trial["figures"]["tpot_ms"])
+        known_rung = None if trial["rung"] is None else str(trial["rung"])
+        assert run.data.tags.get("fathom.stopped_at_rung") == known_rung
