@@ -18,6 +18,7 @@ from typing import Any
 
 from deployments.cluster import start_ray
 from fathom.commands.reports import check_output, machine, write_json
+from fathom.tuning import asha
 from fathom.tuning.ledger import Trial
 from fathom.tuning.search import search
 from fathom.tuning.study import Asha, Constraints, Scheduler, Searcher, Space, Study
@@ -61,19 +62,28 @@ def searchers(study: Study, folder: Path, seeds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def replayed(study: Study, traces: Traces, trials: list[Trial]) -> float:
+    """Rows that trials were replayed on, all rungs together, in trials on all rows."""
+    levels = [sum(len(rows) for _, rows in parts) for parts in asha.rungs(study, traces.parts)]
+    climbed = (levels if trial.rung is None else levels[: trial.rung + 1] for trial in trials)
+    return sum(sum(own) for own in climbed) / levels[-1]
+
+
 def schedulers(study: Study, folder: Path, seeds: int) -> list[dict[str, Any]]:
     """The best feasible predicted time a token, as a share of ``full``'s, and what it took."""
     rows = []
     for seed in range(seeds):
         for scheduler in (Scheduler.NONE, Scheduler.ASHA):
             own = dataclasses.replace(study, seed=seed, objectives=("tpot",), scheduler=scheduler)
-            trials, seconds = run(own, read_traces(own, folder))
+            traces = read_traces(own, folder)
+            trials, seconds = run(own, traces)
             best = front(own, trials)
             row = {
                 "seed": seed,
                 "scheduler": scheduler.value,
                 "seconds": round(seconds, 2),
                 "replay_seconds": round(sum(trial.seconds for trial in trials), 2),
+                "replayed": round(replayed(own, traces, trials), 2),
                 "on_all_rows": sum(trial.rung is None for trial in trials),
                 "best": best[0].figures.losses(own)[0] if best else None,
             }
@@ -98,9 +108,11 @@ def _show(found: dict[str, Any]) -> None:
         for name in Scheduler:
             own = [row for row in rows if row["scheduler"] == name]
             best = [row["best"] for row in own if row["best"] is not None]
+            mean = f"{statistics.mean(best):.4f}" if best else "none"
             print(
-                f"{name.value}: best {statistics.mean(best):.4f} of full's time a token "
+                f"{name.value}: best {mean} of full's time a token "
                 f"({len(best)} of {len(own)} seeds found one), "
+                f"{statistics.mean(r['replayed'] for r in own):.1f} trials' worth of rows, "
                 f"{statistics.mean(r['replay_seconds'] for r in own):.1f} s of replay, "
                 f"{statistics.mean(r['seconds'] for r in own):.1f} s in all, "
                 f"{statistics.mean(r['on_all_rows'] for r in own):.1f} trials on all rows"
