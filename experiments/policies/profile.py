@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, required=True, help="as for fathom generate")
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=8, help="batches, one after the other")
+    parser.add_argument("--rounds", type=int, default=4, help="batches, one after the other")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="OUT")
