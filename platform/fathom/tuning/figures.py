@@ -261,6 +261,11 @@ def _rolling(values: Floats) -> Floats:
     return np.asarray(np.nanmedian(windows, axis=1))
 
 
+def _shown(value: Any) -> Any:
+    """A value as an axis takes it: yes and no are words."""
+    return ("yes" if value else "no") if isinstance(value, bool) else value
+
+
 def _coordinates(
     study: Study, trials: Sequence[Trial], front: Sequence[Mapping[str, Any]]
 ) -> Figure:
@@ -268,7 +273,7 @@ def _coordinates(
     if len(trials) < 2:
         raise NoData("one trial has nothing to be compared with")
     columns: dict[str, list[Any]] = {
-        name: [trial.setting.get(name) for trial in trials] for name in study.dimensions()
+        name: [_shown(trial.setting.get(name)) for trial in trials] for name in study.dimensions()
     }
     varied = {n: v for n, v in columns.items() if len({x for x in v if x is not None}) > 1}
     if not varied:
