@@ -141,6 +141,7 @@ class Replica:
         """
         try:
             points.check(self._engine.info)
+            points.ladder()
             await self._engine.check_compute(compute)
         except (ConfigError, InvalidRequest) as error:
             return error

@@ -71,7 +71,7 @@ class ServeTakeover:
                 raise other_model(str(answer)) from answer
             if isinstance(answer, InvalidRequest):
                 raise InvalidRequest(
-                    f"points.{promotion.default}: compute.{answer}", param="default"
+                    f"the points cannot be run here: compute.{answer}", param="points"
                 ) from answer
         if not any(answer is None for answer in answers):
             raise BackendUnavailable("No engine is up to check the points; try again soon.")

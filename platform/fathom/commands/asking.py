@@ -36,9 +36,7 @@ def ask(
         UsageError: for what is no URL. RuntimeError: if it does not answer, or refuses, with its
             words.
     """
-    address = urllib.parse.urlsplit(url)
-    if address.scheme not in ("http", "https") or not address.hostname:
-        raise UsageError(f"the server's URL must be as {DEFAULT_URL}, got {url!r}.")
+    address = check_url(url)
     kind = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
     key = os.environ.get(key_variable, "").split(",")[0].strip()
     headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -46,7 +44,7 @@ def ask(
     if body is not None:
         data = json.dumps(body).encode()
         headers["Content-Type"] = "application/json"
-    connection = kind(address.hostname, address.port, timeout=_TIMEOUT_S)
+    connection = kind(address.hostname or "", address.port, timeout=_TIMEOUT_S)
     try:
         method = "POST" if post or data is not None else "GET"
         connection.request(method, address.path.rstrip("/") + path, data, headers)
@@ -60,6 +58,18 @@ def ask(
         hint = f"; {key_variable} must hold its key" if answer.status == 401 else ""
         raise RuntimeError(f"the server at {url} answers {answer.status}{hint}: {_words(text)}")
     return json.loads(text)
+
+
+def check_url(url: str) -> urllib.parse.SplitResult:
+    """The parts of a server's URL.
+
+    Raises:
+        UsageError: for what is none.
+    """
+    address = urllib.parse.urlsplit(url)
+    if address.scheme not in ("http", "https") or not address.hostname:
+        raise UsageError(f"the server's URL must be as {DEFAULT_URL}, got {url!r}.")
+    return address
 
 
 def _words(text: str) -> str:

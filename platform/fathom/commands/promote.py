@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fathom.commands.asking import DEFAULT_URL, KEY_VARIABLE, ask
+from fathom.commands.asking import DEFAULT_URL, KEY_VARIABLE, ask, check_url
 from fathom.commands.options import UsageError, add_command
 from fathom.commands.reports import check_output, write_json
 
@@ -176,6 +176,8 @@ def _check(args: argparse.Namespace) -> None:
             "python -m pip install 'fathom-serve[train]'."
         )
     check_output(args.json)
+    if args.server is not None:
+        check_url(args.server)
 
 
 def _take(

@@ -182,6 +182,35 @@ def test_the_next_point_is_the_dearest_of_the_cheaper_ones_in_its_family() -> No
     assert ladder.down(point(0.95), 1).compute.exit_threshold == pytest.approx(0.95**2)
 
 
+def test_other_points_are_for_requests_that_have_not_asked_for_the_old_ones() -> None:
+    """Who runs at a point goes down by the ladder that has it, to the end of its request."""
+    now = [0.0]
+    old = [(at(0.8), 0.9), (at(0.5), 0.7)]
+    new = [(at(0.9), 0.95), (at(0.6), 0.8)]
+    shift = LoadShift(CONFIG, Ladder(old), clock=lambda: now[0])
+    for _ in range(2):
+        shift.update(HIGH)
+        now[0] += CONFIG.rise_s
+    assert shift.level == 1
+
+    def lowered(compute: ComputePolicy) -> float | None:
+        rung = shift.rung(compute)
+        assert rung is not None
+        return rung.compute.exit_threshold
+
+    before = [lowered(at(0.8)), lowered(at(0.9))]
+    assert before == [0.5, pytest.approx(0.81)]  # no point: a step
+    shift.take(Ladder(new))
+    assert shift.level == 1
+    assert [lowered(at(0.8)), lowered(at(0.9))] == [0.5, 0.6]
+    shift.take(Ladder([]))
+    assert [lowered(at(0.8)), lowered(at(0.9))] == [pytest.approx(0.64), 0.6]
+
+
+def at(threshold: float) -> ComputePolicy:
+    return dataclasses.replace(FREE, exit_threshold=threshold)
+
+
 def test_a_shift_goes_by_its_clock() -> None:
     now = [0.0]
     shift = LoadShift(CONFIG, clock=lambda: now[0])
