@@ -8,8 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fathom.commands.asking import DEFAULT_URL as DEFAULT_URL
-from fathom.commands.asking import ask
+from fathom.commands.asking import DEFAULT_URL, ask
 from fathom.commands.options import HelpFormatter, UsageError, add_command
 from fathom.commands.shadow_table import shadow_table, shadow_words
 

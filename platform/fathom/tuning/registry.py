@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fathom.config import SCHEME as SCHEME
+from fathom.config import SCHEME
 from fathom.tuning.operating_points import Identity, OperatingPoints, load
 
 PRODUCTION, PREVIOUS = "production", "previous"

@@ -1,4 +1,4 @@
-"""What requests get when operating points are promoted on a service, and when they are taken back."""
+"""What requests get when operating points are promoted on a service, and taken back."""
 
 from __future__ import annotations
 
