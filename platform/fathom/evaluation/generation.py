@@ -14,10 +14,10 @@ from fathom.evaluation.agreement import agreement, coverage
 from fathom.evaluation.answers import Answer, generate, requests_for
 from fathom.evaluation.bootstrap import Interval, interval
 from fathom.evaluation.encode import Ids, Scored, encode_item
-from fathom.evaluation.metrics import bleu, exact_match, mean, ratio, rouge_l
+from fathom.evaluation.metrics import Statistic, bleu, exact_match, mean, ratio, rouge_l
 from fathom.evaluation.points import RANDOM, rate_giver
 from fathom.evaluation.session import FULL, Row, Session, blocks, new_row
-from fathom.evaluation.tasks import GenerationTask, Item
+from fathom.evaluation.tasks import GenerationTask, Item, Metric
 from fathom.types import ComputePolicy
 
 NOTHING = Interval(None, None, None)
@@ -74,7 +74,7 @@ def measure_generation(session: Session, task: GenerationTask, items: Sequence[I
         Part(name, (name,), tuple(i for i, item in enumerate(items) if item.group == name))
         for name in groups
     ]
-    measured = _answer(session, task, prompts, parts, new_tokens)
+    measured = answer_parts(session, task, prompts, parts, new_tokens)
     drafts = _probe(session, task, prompts, parts, new_tokens)
     if groups != [task.name]:
         parts.append(Part(task.name, tuple(groups), tuple(range(len(items)))))
@@ -88,7 +88,7 @@ def measure_generation(session: Session, task: GenerationTask, items: Sequence[I
     return rows
 
 
-def _answer(
+def answer_parts(
     session: Session,
     task: GenerationTask,
     prompts: Sequence[Ids],
@@ -98,6 +98,9 @@ def _answer(
     """Answer every prompt in every mode, a block in all modes before the next block.
 
     So a machine's slow minutes meet all modes, and an interruption costs a block.
+
+    Args:
+        parts: of the prompts, each one's places in order; together all of them.
     """
     measured = Measured()
     total = len(prompts) * len(session.policies) * session.runs
@@ -240,10 +243,7 @@ def _metrics(
     answers = [measured.answers[mode][i] for i in part.places]
     texts = [answer.text.strip() for answer in answers]
     references = [items[i].references for i in part.places]
-    if task.metric == "bleu":
-        own = bleu(texts, references)
-    else:
-        own = mean((rouge_l if task.metric == "rougeL" else exact_match)(texts, references))
+    own = quality(task.metric, texts, references)
     found: list[tuple[str | None, Interval]] = [(task.metric, interval(own))]
     if mode != FULL:
         full_texts = [(measured.answers[FULL][i].text.strip(),) for i in part.places]
@@ -256,3 +256,12 @@ def _metrics(
     nll = ratio([-total for total, _ in scores], [count for _, count in scores])
     found.append(("nll_under_full", interval(nll)))
     return found
+
+
+def quality(
+    metric: Metric, answers: Sequence[str], references: Sequence[Sequence[str]]
+) -> Statistic:
+    """A task's own metric of its answers."""
+    if metric == "bleu":
+        return bleu(answers, references)
+    return mean((rouge_l if metric == "rougeL" else exact_match)(answers, references))
