@@ -79,7 +79,7 @@ def show(body: Mapping[str, Any], console: Any) -> None:
     if together["promises"]:
         console.print(_promises_table(together["promises"]))
     console.print(_replicas_table(body["replicas"]))
-    if body["shadow"] is not None:
+    if body.get("shadow") is not None:  # servers of before know of none
         console.print(shadow_table(body["shadow"]))
         for line in shadow_words(body["shadow"]):
             console.print(line)

@@ -221,8 +221,8 @@ class PointWatch:
     def psi(self) -> float | None:
         """Population stability index of the latest confidences, over tenths of those measured.
 
-        The sum of (live - measured) * ln(live / measured); by custom, above 0.25 is a great change.
-        None where there is nothing to compare.
+        The sum of (live - measured) * ln(live / measured); by custom, above 0.1 is a change, above
+        0.25 a great one. None where there is nothing to compare.
         """
         measured, live = np.asarray(self.expected.shares), self._by_bin[0]
         if not len(measured) or not live.sum():

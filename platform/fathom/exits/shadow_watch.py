@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,6 +17,9 @@ logger = logging.getLogger("fathom.shadow")
 DEFAULT, OTHER = "default", "other"
 """Names under which requests are watched that name no operating point: with the server's own
 settings, and with any others."""
+
+_MOST_EARLY = 4096
+"""Completions that wait until it is known what to expect of them."""
 
 
 class ShadowWatch:
@@ -30,37 +34,43 @@ class ShadowWatch:
 
     def __init__(self, alpha: float) -> None:
         self._alpha = alpha
-        self._expected: dict[str, Expected] = {}
+        self._expected: dict[str, Expected] | None = None
+        self._early: deque[Shadowed] = deque(maxlen=_MOST_EARLY)
         self._points: dict[str, PointWatch] = {}
         self.completions = 0
 
     def expect(self, expected: Mapping[str, Expected]) -> None:
         """Take what points were measured on; one that means something else now begins anew."""
-        changed = {
-            name
-            for name in self._expected.keys() | expected.keys()
-            if self._expected.get(name) != expected.get(name)
-        }
-        for name in changed:
-            self._points.pop(name, None)
-        self._expected = dict(expected)
+        before, self._expected = self._expected or {}, dict(expected)
+        for name in before.keys() | expected.keys():
+            if before.get(name) != expected.get(name):
+                self._points.pop(name, None)
+        early = list(self._early)
+        self._early.clear()
+        self.take(early)
 
     def take(self, completions: Iterable[Shadowed]) -> None:
-        """Take in completions that have ended; tell the log of alarms."""
+        """Take in completions that have ended; tell the log of alarms.
+
+        Those that come before anything is expected wait for that.
+        """
+        if self._expected is None:
+            self._early.extend(completions)
+            return
         for each in completions:
             self.completions += 1
             name = self._name_of(each)
             watch = self._points.get(name)
             if watch is None:
-                expected = self._expected.get(name, Expected())
-                watch = self._points[name] = PointWatch(expected, self._alpha)
+                watch = PointWatch(self._expected.get(name, Expected()), self._alpha)
+                self._points[name] = watch
             if watch.observe(each):
                 _tell(name, watch)
 
     def _name_of(self, completion: Shadowed) -> str:
         """The point whose settings a completion has had, whatever its request has named."""
         name = completion.point or DEFAULT
-        expected = self._expected.get(name)
+        expected = (self._expected or {}).get(name)
         if expected is None or expected.compute is None:
             return OTHER
         same = _but_for_load(completion.compute) == _but_for_load(expected.compute)

@@ -31,8 +31,8 @@ _GAUGES = {
     ),
     "psi": (
         "shadow_psi",
-        "Population stability index of confidences against those measured; above 0.25 they are "
-        "others.",
+        "Population stability index of confidences against those measured; above 0.1 they have "
+        "changed.",
     ),
 }
 _COUNTERS = {

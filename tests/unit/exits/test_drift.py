@@ -168,6 +168,15 @@ def test_completions_count_for_the_point_whose_settings_they_had(expected: Expec
     assert counts == {"p": 2, DEFAULT: 1, OTHER: 3}
 
 
+def test_completions_wait_until_it_is_known_what_to_expect(expected: Expected) -> None:
+    watch, rng = ShadowWatch(0.05), np.random.default_rng(0)
+    watch.take(completion(rng) for _ in range(5))
+    assert watch.points() == {}
+    watch.expect({"p": expected})
+    watch.take([completion(rng)])
+    assert {name: p["completions"] for name, p in watch.points().items()} == {"p": 6}
+
+
 def test_a_point_that_means_something_else_begins_anew(
     expected: Expected, caplog: pytest.LogCaptureFixture
 ) -> None:
