@@ -66,9 +66,23 @@ model: $(RUN_STAMP)  ## Get the default model into the cache (MODEL= for another
 serve: model  ## Start a server, stream one answer with its depths, serve until Ctrl-C
 	@exec $(BIN)/fathom serve --demo $(if $(MODEL),--model $(MODEL)) $(SERVE_ARGS)
 
+# The tests of the dashboard drive Debian's Chromium. Without one they are skipped, but in CI.
+.PHONY: browser
+browser:
+	@browser=$$(command -v chromium chromium-browser google-chrome | head -n 1 || true); \
+	if [ -n "$$browser" ] && command -v chromedriver >/dev/null; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "== Chromium, for the tests of the dashboard"; \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+			--no-install-recommends chromium chromium-driver; } >/dev/null || true; fi; \
+	command -v chromedriver >/dev/null || { \
+		echo "no Chromium with its driver: the tests of the dashboard need it" >&2; \
+		echo "(Debian: apt-get install chromium chromium-driver)" >&2; }
+
 .PHONY: test quick unit lint format
-test: lint model  ## Lint, types, then every test: unit, integration, end to end
-	@$(TEST_ENV) $(BIN)/python -m pytest tests/unit tests/integration tests/e2e $(PYTEST_ARGS)
+test: lint model browser  ## Lint, types, then every test: unit, integration, end to end, browser
+	@$(TEST_ENV) $(BIN)/python -m pytest tests/unit tests/integration tests/e2e tests/browser \
+		$(PYTEST_ARGS)
 
 quick: $(DEV_STAMP) model  ## The unit tests that are not slow
 	@$(TEST_ENV) $(BIN)/python -m pytest tests/unit -m "not slow" $(PYTEST_ARGS)

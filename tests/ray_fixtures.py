@@ -7,7 +7,9 @@ session fixture of two conftests twice, so the server itself is kept here.
 from __future__ import annotations
 
 import os
+import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,12 +36,17 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class TestServer:
-    """A server under test."""
+    """A server under test.
+
+    Attributes:
+        mlflow: the tracking server that it knows, which nothing has written to at first.
+    """
 
     __test__ = False
 
     url: str
     model: str
+    mlflow: str = ""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -98,15 +105,18 @@ def _start() -> tuple[TestServer, Callable[[], None]]:
     engine = EngineConfig(dtype="float32", kv_cache_bytes=512 << 20, pause_drafting=False)
     if find_local(engine.model) is None:
         pull(engine.model)
-    config = ServeConfig(engine=engine, port=free_port(), drain_s=5)
+    folder = tempfile.mkdtemp(prefix="fathom-test-mlflow-")
+    mlflow = f"sqlite:///{folder}/mlflow.db"
+    config = ServeConfig(engine=engine, port=free_port(), drain_s=5, mlflow=mlflow)
     start_ray(4)  # room for a second application
     running = run(config, blocking=False)
 
     def stop() -> None:
         running.stop()
         ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
 
-    return TestServer(url=running.url, model=engine.model), stop
+    return TestServer(url=running.url, model=engine.model, mlflow=mlflow), stop
 
 
 @pytest.fixture(scope="session")

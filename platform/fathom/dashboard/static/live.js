@@ -101,9 +101,15 @@ function showTiles() {
     { label: "KV store hits", value: num(now.stored ?? 0), unit: "tokens/s", note: `${ever.stored.toLocaleString("en")} in all` },
     { label: "KV blocks in use", value: percent(now.kv), note: "fullest replica" },
     { label: "Requests", value: num(now.running), unit: "running", note: `${num(now.waiting)} waiting` },
-    { label: "Replicas", value: num(now.replicas), unit: "up", note: "" },
+    { label: "Replicas", value: num(now.replicas), unit: "up" },
+    lambdaTile(now.thresholds),
     ...shadowTile(),
   ]);
+}
+
+function lambdaTile(thresholds) {
+  const [name, value] = Object.entries(thresholds)[0] ?? ["no policy has one yet", null];
+  return { label: "Exit threshold λ", value: value === null ? "–" : value.toFixed(3), note: name };
 }
 
 function shadowTile() {
@@ -116,7 +122,7 @@ function shadowTile() {
 function showCharts() {
   const x = points.map((each) => new Date(each.at));
   const first = points[0].at, last = points.at(-1).at;
-  const xaxis = { type: "date", tickformat: "%H:%M:%S", nticks: 4, range: [Math.min(first, last - 60000), last] };
+  const xaxis = { type: "date", tickformat: "%H:%M:%S", nticks: 6, range: [Math.min(first, last - 60000), last] };
   const lines = (target, series, layout = {}) => {
     if (series.every(([, values]) => values.every((value) => value === null))) {
       blank(target, "No traffic in the last minutes");
@@ -125,7 +131,7 @@ function showCharts() {
     draw(
       target,
       () => series.map(([name, values, tone, more]) => line(name, x, values, tone, more)),
-      { xaxis, ...layout },
+      () => ({ xaxis, ...layout }),
       () => ({
         columns: [{ name: "Time" }, ...series.map(([name]) => ({ name }))],
         rows: points.map((each, i) => [new Date(each.at).toLocaleTimeString("en-GB"), ...series.map(([, values]) => num(values[i]))]).reverse().slice(0, 30),
@@ -183,14 +189,14 @@ function showExits() {
         return line(`beta, ${kind}`, u, density, tones[kind], { hoverinfo: "skip" });
       }),
     ],
-    {
+    () => ({
       barmode: "stack", bargap: 0, hovermode: false,
       xaxis: { range: [0, 1], tickvals: TICKS.map(placeOf), ticktext: TICKS.map(String), tickangle: 0, showgrid: false },
       yaxis: { showticklabels: false, range: [0, 1.08 * Math.max(...bars.u.map((_, i) => KINDS.reduce((sum, kind) => sum + bars[kind][i], 0)))] },
-      margin: { l: 14, t: 44 },
+      margin: { l: 8 },
       shapes: [{ type: "line", x0: placeOf(lambda), x1: placeOf(lambda), yref: "paper", y0: 0, y1: 1, line: { color: colour("text"), width: 1.5, dash: "dash" } }],
       annotations: [{ x: placeOf(lambda), yref: "paper", y: 0.98, text: `λ ${lambda.toFixed(3)}`, showarrow: false, xanchor: placeOf(lambda) > 0.5 ? "right" : "left", xshift: placeOf(lambda) > 0.5 ? -4 : 4, font: { size: 11, color: colour("text") } }],
-    },
+    }),
     () => ({
       columns: [{ name: "Confidence" }, ...KINDS.map((kind) => ({ name: `${kind}, density` }))],
       rows: bars.u.map((u, i) => [confidenceAt(u).toFixed(4), ...KINDS.map((kind) => num(bars[kind][i]))]),

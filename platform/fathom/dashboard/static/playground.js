@@ -141,10 +141,10 @@ function showFigures(text, start, first, compute) {
   tiles(byId("figures"), [
     { label: "Tokens", value: num(count), note: `in ${num(seconds)} s` },
     { label: "TTFT", value: wait, unit: waitUnit },
-    { label: "Rate", value: num(count / seconds), unit: "tokens/s" },
+    { label: "Rate", value: num(count / seconds), unit: "tok/s" },
     { label: "Exits", value: percent(compute ? compute.exit_rate : count ? early / count : null), note: `${early} tokens` },
     { label: "Mean depth", value: num(compute?.mean_depth ?? mean), unit: text.layers ? `of ${text.layers}` : "" },
-    { label: "Layers/token", value: num(compute?.layers_per_token), note: compute ? "drafts included" : "at the end" },
+    { label: "Layers/token", value: num(compute?.layers_per_token), note: compute ? "with drafts" : "at the end" },
     { label: "Accepted", value: percent(compute?.acceptance_rate), note: compute ? `${compute.drafted} drafts` : "at the end" },
   ]);
   return { count, seconds, ttft };

@@ -101,16 +101,22 @@ function showChart() {
   const held = opened.front.filter((row) => row.point);
   const at = (row) => (axis === "budget" ? row.held_out.budget : row.held_out.predicted_tpot_ms);
   const sorted = [...held].sort((a, b) => at(a) - at(b));
-  const live = (row) => isServed(row) ? "star" : "circle";
+  const tone = (row) => colour(row.point === chosen ? "two" : "one");
+  // Of a front in three dimensions, what is best in the two that are shown.
+  let best = -Infinity;
+  const edge = sorted.filter(({ held_out: own }) => own.agreement > best && (best = own.agreement, true));
+  const agreement = (rows) => rows.map((row) => 100 * row.held_out.agreement);
   draw(
     chart,
     () => [
-      { type: "scatter", mode: "markers", name: "trials", x: opened.figures.map((t) => t[axis]), y: opened.figures.map((t) => 100 * t.quality), marker: { color: colour("soft"), size: 5, opacity: 0.55 }, hovertemplate: "trial: %{y:.2f} % at %{x:.3g}<extra></extra>" },
-      { type: "scatter", mode: "lines+markers", name: "front, on held-out requests", x: sorted.map(at), y: sorted.map((row) => 100 * row.held_out.agreement), text: sorted.map((row) => row.point), customdata: sorted.map((row) => row.point),
-        marker: { color: sorted.map((row) => colour(row.point === chosen ? "two" : "one")), size: sorted.map((row) => (isServed(row) ? 15 : row.point === chosen ? 12 : 9)), symbol: sorted.map(live) },
-        line: { color: colour("one"), width: 1.25 }, hovertemplate: "%{text}: %{y:.2f} % at %{x:.3g}<extra></extra>" },
+      { type: "scatter", mode: "markers", name: "trials", x: opened.figures.map((t) => t[axis]), y: opened.figures.map((t) => 100 * t.quality),
+        marker: { color: colour("soft"), size: 5, opacity: 0.55 }, hovertemplate: "trial: %{y:.2f} % at %{x:.3g}<extra></extra>" },
+      { type: "scatter", mode: "lines", name: "best on these two axes", x: edge.map(at), y: agreement(edge), line: { color: colour("one"), width: 1.25, shape: "hv" }, hoverinfo: "skip" },
+      { type: "scatter", mode: "markers", name: "points, on held-out requests", x: sorted.map(at), y: agreement(sorted), text: sorted.map((row) => row.point), customdata: sorted.map((row) => row.point),
+        marker: { color: sorted.map(tone), size: sorted.map((row) => (isServed(row) ? 15 : 9)), symbol: sorted.map((row) => (isServed(row) ? "star" : "circle")), opacity: 1 },
+        hovertemplate: "%{text}: %{y:.2f} % at %{x:.3g}<extra></extra>" },
     ],
-    { hovermode: "closest", margin: { l: 56, b: 42 }, xaxis: { title: AXES[axis] }, yaxis: { title: "agreement with the full model (%)", rangemode: "normal" } },
+    () => ({ hovermode: "closest", margin: { l: 52, b: 40 }, xaxis: { title: AXES[axis] }, yaxis: { title: "agreement with the full model (%)", rangemode: "normal" } }),
     () => ({
       columns: [{ name: "Point" }, { name: AXES[axis] }, { name: "agreement" }],
       rows: sorted.map((row) => [row.point, num(at(row), 4), percent(row.held_out.agreement, 2)]),
@@ -136,16 +142,17 @@ function showTable() {
     return;
   }
   const columns = [
-    { name: "Point" }, { name: "Mode", left: true }, { name: "Policy", left: true }, { name: "Confidence", left: true }, { name: "λ or budget" }, { name: "Stack" },
-    { name: "Agreement" }, { name: "Exits" }, { name: "Compute" }, { name: "TPOT" }, { name: "Speed-up" }, { name: "" },
+    { name: "Point" }, { name: "Served", left: true }, { name: "Mode", left: true }, { name: "Policy", left: true }, { name: "Confidence", left: true }, { name: "λ or budget" }, { name: "Stack" },
+    { name: "Agreement" }, { name: "Exits" }, { name: "Compute" }, { name: "TPOT" }, { name: "Speed-up" },
   ];
   const made = table(columns, held.map((row) => {
     const { setting, held_out: own } = row, place = setting.exit_threshold ?? setting.budget;
     return [
-      row.point, setting.mode, setting.policy, setting.confidence, place === undefined ? "follows" : num(place), num(setting.max_stack),
-      percent(own.agreement, 2), percent(own.exit_rate), num(own.budget), `${num(own.predicted_tpot_ms)} ms`, `× ${num(own.predicted_speedup)}`,
+      row.point,
       isServed(row) ? el("strong", {}, "served")
         : el("button", { type: "button", "aria-label": `Promote ${row.point}`, "data-point": row.point, disabled: !serving, click: () => promote(row) }, "Promote"),
+      setting.mode, setting.policy, setting.confidence, place === undefined ? "follows" : num(place), num(setting.max_stack),
+      percent(own.agreement, 2), percent(own.exit_rate), num(own.budget), `${num(own.predicted_tpot_ms)} ms`, `× ${num(own.predicted_speedup)}`,
     ];
   }), `Points of ${opened.study}`);
   [...made.tBodies[0].rows].forEach((row, i) => row.classList.toggle("chosen", held[i].point === chosen));
