@@ -91,7 +91,9 @@ class SplitPlan:
         keys and values only where a request drafts.
         """
         k, last = self.exit_layer, self.model.num_layers
-        shallow = self.adapter_digest if drafts and self.exit_layers else self.deep_adapter
+        own = drafts and self.exit_layers
+        # An adapter may do both, and a block without exit layers is of no use to a draft.
+        shallow = f"{self.adapter_digest}+exit" if own else self.deep_adapter
         digest, dtype = self.weights_digest, self.config.dtype
         return (
             KeyRoot(digest, shallow, 0, k, dtype, salt),

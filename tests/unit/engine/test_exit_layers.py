@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -116,3 +118,20 @@ def test_the_ledger_counts_exit_layers_where_they_run(engine):
     compute = run_one(engine, request("b", [5, 6, 7], drafts, max_tokens=8)).last.usage.compute
     assert compute.shallow_layer_tokens == 8 * (EXIT_LAYER + 1)
     assert compute.deep_layer_tokens == 8 * (NUM_LAYERS - EXIT_LAYER)
+
+
+def test_drafts_take_no_blocks_of_requests_that_do_not_draft(make_engine, exit_adapter):
+    """Not even where the adapter changes the full path too: such blocks lack the exit layers."""
+    a, b = torch.zeros(1, 32), torch.zeros(32, 1)
+    both = dataclasses.replace(
+        exit_adapter, lora={"model.layers.0.self_attn.q_proj.weight": (a, b)}
+    )
+    assert both.changes_model
+    prompt = list(range(3, 39))
+    free = ComputePolicy(mode=AcceptMode.FREE, exit_threshold=0.05)
+    alone = run_one(make_engine(trained=both), request("a", prompt, free))
+    engine = make_engine(trained=both)
+    run_one(engine, request("full", prompt, FULL))
+    after = run_one(engine, request("a", prompt, free))
+    assert (after.ids, after.depths) == (alone.ids, alone.depths)
+    assert sum(depth < NUM_LAYERS for depth in after.depths) > 0
