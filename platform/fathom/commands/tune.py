@@ -8,7 +8,7 @@ import importlib.util
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,10 @@ from fathom.commands.options import UsageError, add_command
 from fathom.commands.reports import check_output, machine, write_json
 
 if TYPE_CHECKING:
+    from fathom.commands.tune_live import LiveRuns
+    from fathom.tuning.finalists import Verified
     from fathom.tuning.ledger import Trial
+    from fathom.tuning.operating_points import OperatingPoints
     from fathom.tuning.study import Study
     from fathom.tuning.study_runs import StudyRuns
     from fathom.tuning.study_traces import Traces
@@ -48,8 +51,21 @@ study.yaml:
   choose_share: 0.5                        # of the requests; the points are measured on the others
   max_rows: 0                              # of each trace at a trial; 0: all
   max_points: 12                           # kept of a larger front
+  live:                                    # what the traces were recorded from: points run live
+    prompts: [p.jsonl]
+    requests: 16                           # of those that trials have not seen
+    new_tokens: 64
+  finalists: 4                             # of the points; the replay's error is reported
+  evaluate: replay                         # live: trials run the engine, and the space may have
+                                           #   threads, max_num_seqs, max_num_batched_tokens; the
+                                           #   objectives may have throughput
 
-Trials replay a trace: nothing is generated. The MLflow UI on the default store:
+several exits in one study, each with a file of points of its own, in place of traces:
+  exits:
+    early: {traces: [early.parquet], adapter: ./early}
+    late: {traces: [late.parquet]}         # the adapter's name in its trace
+
+A replay generates nothing. The MLflow UI on the default store:
   mlflow ui --backend-store-uri sqlite:///tune-study/mlflow.db
 """
 
@@ -96,8 +112,14 @@ def run(args: argparse.Namespace) -> int:
     from fathom.tuning.figures import draw_study
     from fathom.tuning.study_traces import read_traces
 
-    traces = read_traces(study, args.study.resolve().parent)
+    folder = args.study.resolve().parent
+    traces = read_traces(study, folder)
     work_dir: Path = args.work_dir or Path(f"tune-{study.name}")
+    live = None
+    if study.live.prompts:
+        from fathom.commands.tune_live import LiveRuns
+
+        live = LiveRuns(study, folder, traces, work_dir)
     work_dir.mkdir(exist_ok=True)
     _claim(work_dir, study, traces)
     out: Path = args.out or work_dir / "points.yaml"
@@ -110,8 +132,13 @@ def run(args: argparse.Namespace) -> int:
             # What it does to its own tables is nobody's business.
             logging.getLogger("alembic").setLevel(logging.WARNING)
             runs = stack.enter_context(StudyRuns(study, args.study, traces, work_dir, args.mlflow))
-        trials = _search(study, traces, work_dir, args.parallel, runs)
-        report = _finish(study, traces, trials, out)
+        stack.enter_context(_cluster())
+        trials = _search(study, traces, work_dir, args.parallel, runs, live)
+
+        def verify(points: Mapping[str, OperatingPoints]) -> Sequence[Verified]:
+            return [] if live is None else live.verify(trials, points, args.parallel, runs)
+
+        report = _finish(study, traces, trials, out, verify)
         report["seconds"] = round(time.perf_counter() - start, 3)
         drawn = draw_study(study, traces, trials, report["front"], work_dir / "figures")
         report["figures"] = [str(path) for path in drawn.files]
@@ -119,11 +146,11 @@ def run(args: argparse.Namespace) -> int:
         report["mlflow_run_id"] = None if runs is None else runs.run_id
         write_json(work_dir / "front.json", report)
         if runs is not None:
-            files = [work_dir / "front.json", *([out] if report["front"] else [])]
-            runs.finish(trials, files, drawn.files)
+            written = [Path(name) for name in report["points_files"]]
+            runs.finish(trials, [work_dir / "front.json", *written], drawn.files)
     if args.json is not None:
         write_json(args.json, {"meta": machine(), **report})
-    return _show(study, report, out)
+    return _show(study, report)
 
 
 def _check_installed(mlflow: str) -> None:
@@ -136,17 +163,36 @@ def _check_installed(mlflow: str) -> None:
             )
 
 
+@contextlib.contextmanager
+def _cluster() -> Iterator[None]:
+    """Ray, which is left as it was."""
+    import ray
+
+    from deployments.cluster import start_ray
+
+    started = not ray.is_initialized()
+    try:
+        if started:
+            start_ray(0)
+        yield
+    finally:
+        if started:
+            ray.shutdown()
+
+
 def _claim(work_dir: Path, study: Study, traces: Traces) -> None:
     """Make the folder this study's; one that has another's trials is refused.
 
-    Traces are told by their content, so files may move.
+    Traces are told by their content, so files may move. What runs live after the search has a
+    record of its own.
     """
     note = work_dir / "study.json"
     # Through JSON, which makes lists of tuples.
     own = json.loads(json.dumps({**study.as_dict(), "traces": traces.digests}))
     if note.exists():
         there = json.loads(note.read_text())
-        differs = [name for name in own if own[name] != there.get(name)]
+        free = {"finalists"} if study.runs_live else {"finalists", "live"}
+        differs = [name for name in own if name not in free and own[name] != there.get(name)]
         if differs:
             name = differs[0]
             raise UsageError(
@@ -157,14 +203,17 @@ def _claim(work_dir: Path, study: Study, traces: Traces) -> None:
 
 
 def _search(
-    study: Study, traces: Traces, work_dir: Path, parallel: int, runs: StudyRuns | None
+    study: Study,
+    traces: Traces,
+    work_dir: Path,
+    parallel: int,
+    runs: StudyRuns | None,
+    live: LiveRuns | None,
 ) -> list[Trial]:
     """Run what is left of the trials, with a line of progress."""
-    import ray
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from deployments.cluster import start_ray
     from fathom.tuning.search import search
     from fathom.tuning.study_points import volume
 
@@ -174,7 +223,7 @@ def _search(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("hypervolume {task.fields[volume]:.4f}"),
     )  # fmt: skip
-    started = not ray.is_initialized()
+    on_engine = live.for_trials() if live is not None and study.runs_live else None
     with Progress(*columns, console=Console(stderr=True), refresh_per_second=2) as progress:
         task = progress.add_task(study.name, total=study.total, volume=0.0)
 
@@ -184,31 +233,51 @@ def _search(
             if runs is not None:
                 runs.add(new)
 
-        try:
-            if started:
-                start_ray(0)
-            return search(study, traces.parts, work_dir, parallel=parallel, on_trials=on_trials)
-        finally:
-            if started:
-                ray.shutdown()
+        return search(
+            study, traces.parts, work_dir, parallel=parallel, live=on_engine, on_trials=on_trials
+        )
 
 
-def _finish(study: Study, traces: Traces, trials: Sequence[Trial], out: Path) -> dict[str, Any]:
-    """Write the front as operating points, if there is one; returns the report."""
-    from fathom.tuning.study_points import front, front_rows, make_points, volume
+def _finish(
+    study: Study,
+    traces: Traces,
+    trials: Sequence[Trial],
+    out: Path,
+    verify: Callable[[Mapping[str, OperatingPoints]], Sequence[Verified]],
+) -> dict[str, Any]:
+    """Write the front as operating points, if there is one; returns the report.
+
+    Args:
+        verify: runs finalists live. The points are written before, and again with what it found.
+    """
+    from fathom.tuning.study_points import front, front_rows, make_points, volume, with_live
 
     rows: list[dict[str, Any]] = []
+    files: list[str] = []
+    errors: list[dict[str, Any]] = []
     if front(study, trials):
         points = make_points(study, traces, trials)
-        for name, own in points.items():
-            own.save(points_file(out, name))
+        files = _save(points, out)
+        if verified := verify(points):
+            points = with_live(points, {each.point: each.measured() for each in verified})
+            _save(points, out)
+        errors = [row for each in verified for row in each.errors()]
         rows = front_rows(study, trials, points)
     return {
         "study": study.as_dict(),
         "trials": len(trials),
         "hypervolume": volume(study, trials),
         "front": rows,
+        "points_files": files,
+        "replay_error": errors,
     }
+
+
+def _save(points: Mapping[str, OperatingPoints], out: Path) -> list[str]:
+    files = {points_file(out, name): own for name, own in points.items()}
+    for path, own in files.items():
+        own.save(path)
+    return [str(path) for path in files]
 
 
 def points_file(out: Path, name: str) -> Path:
@@ -216,7 +285,7 @@ def points_file(out: Path, name: str) -> Path:
     return out.with_name(f"{out.stem}-{name}{out.suffix}") if name else out
 
 
-def _show(study: Study, report: Mapping[str, Any], out: Path) -> int:
+def _show(study: Study, report: Mapping[str, Any]) -> int:
     from rich.console import Console
     from rich.table import Table
 
@@ -255,5 +324,13 @@ def _show(study: Study, report: Mapping[str, Any], out: Path) -> int:
         )
     for name, reason in report["figures_skipped"].items():
         console.print(f"no figure {name}: {reason}", highlight=False)
-    console.print(f"{out}: serve it by `fathom serve --operating-points {out}`", highlight=False)
+    if report["replay_error"]:
+        from fathom.commands.tune_live import show_errors
+
+        show_errors(console, report["replay_error"])
+    elif study.finalists and not study.live.prompts:
+        console.print("nothing ran live: live.prompts names the traces' prompts", highlight=False)
+    for name in report["points_files"]:
+        console.print(f"{name}: serve it by `fathom serve --operating-points {name}`",
+                      highlight=False)  # fmt: skip
     return 0

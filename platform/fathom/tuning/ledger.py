@@ -47,17 +47,17 @@ class Ledger:
     def begin(self, setting: Mapping[str, Any]) -> int:
         """Note a trial before it runs; returns its number. One process alone may call this."""
         number = len(self.begun())
-        _write(self._folder / f"{number:05d}.begun.json", {"setting": dict(setting)})
+        write_whole(self._folder / f"{number:05d}.begun.json", {"setting": dict(setting)})
         return number
 
     def note(self, trial: Trial) -> None:
         """Note what a trial gave at a rung, from which it may go on."""
         assert trial.rung is not None
-        _write(self._rung(trial.number, trial.rung), asdict(trial))
+        write_whole(self._rung(trial.number, trial.rung), asdict(trial))
 
     def finish(self, trial: Trial) -> None:
         """Note what a trial gave in the end."""
-        _write(self._result(trial.number), asdict(trial))
+        write_whole(self._result(trial.number), asdict(trial))
 
     def begun(self) -> dict[int, Setting]:
         """Settings by number, of all trials."""
@@ -103,7 +103,8 @@ class Ledger:
         return Trial(**{**body, "figures": Figures(**body["figures"])})
 
 
-def _write(path: Path, body: Mapping[str, Any]) -> None:
+def write_whole(path: Path, body: Mapping[str, Any]) -> None:
+    """Write a file of JSON, whole or not at all."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps(body))
     partial.replace(path)

@@ -166,7 +166,7 @@ class Study:
 
     def _check_evaluation(self) -> None:
         dimensions = self.space.dimensions()
-        if self.evaluate is Evaluation.LIVE:
+        if self.runs_live:
             if not self.live.prompts:
                 raise ConfigError(
                     "live.prompts must name the prompts that the traces were recorded from, with "
@@ -202,6 +202,11 @@ class Study:
             )
 
     @property
+    def runs_live(self) -> bool:
+        """Whether trials run the engine."""
+        return self.evaluate is Evaluation.LIVE
+
+    @property
     def exits_by_name(self) -> dict[str, Exit]:
         """All exits; that of a study which names none is called ``ONLY``."""
         return self.exits or {ONLY: Exit(self.traces)}
@@ -221,7 +226,7 @@ class Study:
     def names(self, policy: str) -> list[str]:
         """Names of a trial's dimensions under a policy."""
         exits = ["exit"] if self.exits else []
-        engine = LIVE_ONLY if self.evaluate is Evaluation.LIVE else ()
+        engine = LIVE_ONLY if self.runs_live else ()
         return [*exits, *COMMON, *engine, *OWN[PolicyName(policy)]]
 
     @property

@@ -98,6 +98,26 @@ def make_points(
     }
 
 
+def with_live(
+    points: Mapping[str, OperatingPoints], found: Mapping[str, Mapping[str, float]]
+) -> dict[str, OperatingPoints]:
+    """Points with what was measured live beside the replay's figures.
+
+    Args:
+        points: by exit. found: by point's name, more of ``measured``.
+    """
+    return {
+        name: dataclasses.replace(
+            own,
+            points={
+                key: dataclasses.replace(point, measured={**point.measured, **found.get(key, {})})
+                for key, point in own.points.items()
+            },
+        )
+        for name, own in points.items()
+    }
+
+
 def _identity(traces: Traces) -> Identity:
     source = traces.choose[0].source
     fields = Identity.__dataclass_fields__

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fathom
 from fathom import __version__
@@ -19,6 +19,9 @@ from fathom.tuning.ledger import Trial
 from fathom.tuning.study import Study
 from fathom.tuning.study_points import front, volume
 from fathom.tuning.study_traces import Traces
+
+if TYPE_CHECKING:
+    from fathom.tuning.finalists import Verified
 
 EXPERIMENT = "fathom-tune"
 
@@ -73,6 +76,20 @@ class StudyRuns:
             if trial.rung is not None:
                 tags["fathom.stopped_at_rung"] = str(trial.rung)
             self._tracker.add_child(name, trial.setting, figures, known, tags)
+
+    def add_live(self, found: Verified) -> None:
+        """Note a finalist's live run, with what the replay foretold of it."""
+        name = f"live-{found.trial:05d}"
+        known = self._known.get(name)
+        if known is not None and known.info.status == "FINISHED":
+            return
+        figures = {"seconds": found.seconds}
+        for row in found.errors():
+            at = row["figure"] if len(found.data) == 1 else f"{row['figure']}.{row['data']}"
+            for part in ("live", "replay", "difference", "ci_low", "ci_high"):
+                figures[f"{part}.{at}"] = row[part]
+        tags = {"fathom.trial": str(found.trial), "fathom.point": found.point}
+        self._tracker.add_child(name, found.setting, figures, known, tags)
 
     def finish(
         self, trials: Sequence[Trial], files: Sequence[Path], figures: Sequence[Path]
