@@ -62,7 +62,7 @@ async def promote(server: Server, uri: str, run_id: str, point: str) -> None:
         ApiError, InvalidRequest, BackendUnavailable: if the server refuses; no alias has moved.
         ConfigError, RegistryError: from the study or the registry.
     """
-    from fathom.tuning.registry import Registry
+    from fathom.tuning.registry import Registry, RegistryError
     from fathom.tuning.studies import find_study
 
     def register() -> tuple[Registry, Any, dict[str, Any]]:
@@ -76,7 +76,13 @@ async def promote(server: Server, uri: str, run_id: str, point: str) -> None:
 
     registry, version, points = await asyncio.to_thread(register)
     await server.take({"points": points, "default": point, "source": version.uri})
-    await asyncio.to_thread(registry.set_production, version)
+    try:
+        await asyncio.to_thread(registry.set_production, version)
+    except RegistryError as error:
+        raise RegistryError(
+            f"the server runs at {point} now, but the registry's aliases could not be moved: "
+            f"{error} Promote the point again."
+        ) from error
 
 
 async def roll_back(server: Server, uri: str) -> None:
