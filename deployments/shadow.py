@@ -187,7 +187,13 @@ class ShadowReporter:
 
 
 async def score(engine: ShadowedEngine, completion: Shadowed) -> None:
-    """Ask the full model about every token of an unread text, in one pass over it."""
+    """Ask the full model about every token of an unread text, in one pass over it.
+
+    The last token of a text that fills the model's context is not asked about.
+
+    Raises:
+        RuntimeError: if the engine ends the request without an answer.
+    """
     assert completion.unread is not None
     tokens = completion.unread.tokens[: engine.info.max_model_len - 1]
     best: list[int | None] = [None] * len(completion.unread.tokens)
@@ -197,8 +203,9 @@ async def score(engine: ShadowedEngine, completion: Shadowed) -> None:
         sampling=SamplingParams(max_tokens=0, prompt_logprobs=1),
         compute=ComputePolicy(mode=AcceptMode.FULL),
     )
-    layer_tokens = 0
+    layer_tokens, answered = 0, False
     async for output in engine.generate(request):
+        answered = answered or output.prompt_tokens is not None
         for place, token in enumerate(output.prompt_tokens or ()):
             best[place] = next(iter(token.top_logprobs), None) if token.top_logprobs else None
         if output.usage is not None:
@@ -206,6 +213,8 @@ async def score(engine: ShadowedEngine, completion: Shadowed) -> None:
             layer_tokens = (
                 page.prefill_layer_tokens + page.shallow_layer_tokens + page.deep_layer_tokens
             )
+    if not answered:
+        raise RuntimeError("the text of a completion could not be scored.")
     completion.settle(best, layer_tokens)
 
 

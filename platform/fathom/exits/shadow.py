@@ -105,13 +105,13 @@ class Shadowed:
         """Take in what the full model says of an unread text.
 
         Args:
-            best: of each position of the text, the full model's choice there; that of the first
-                is not read.
+            best: of each position of the text, the full model's choice there; None where it was
+                not asked, which counts as right.
             layer_tokens: what asking it has cost.
         """
         assert self.unread is not None
         tokens, copied = self.unread.tokens, self.unread.copied
-        self.wrong = sum(tokens[p + 1] != best[p + 1] for p in copied)
+        self.wrong = sum(best[p + 1] not in (None, tokens[p + 1]) for p in copied)
         self.check_layer_tokens += layer_tokens
         self.unread = None
 

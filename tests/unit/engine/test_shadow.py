@@ -15,7 +15,7 @@ from deployments.shadow import score
 from fathom.engine.async_engine import AsyncEngine
 from fathom.engine.engine import Engine
 from fathom.exits import shadow
-from fathom.exits.shadow import Shadowed, ShadowLog
+from fathom.exits.shadow import Shadowed, ShadowLog, Unread
 from fathom.types import AcceptMode, ComputePolicy, Request, Resumed
 from tests.unit.engine.conftest import EXIT_LAYER, NUM_LAYERS, Completion, request, run
 
@@ -173,6 +173,12 @@ def test_a_share_of_the_completions_is_picked_by_name() -> None:
     assert not ShadowLog(1.0).picks("one", 0, ComputePolicy(mode=AcceptMode.FULL))
     assert not any(ShadowLog(0.0).picks(f"{n}", 0, free) for n in range(100))
     assert all(ShadowLog(1.0).picks(f"{n}", 0, free) for n in range(100))
+
+
+def test_what_was_not_asked_about_is_not_wrong() -> None:
+    told = Shadowed("", ComputePolicy(), unread=Unread((1, 2, 3, 4, 5), (1, 2, 3)))
+    told.settle([None, 9, 3, 9, None], 20)
+    assert (told.wrong, told.check_layer_tokens, told.unread) == (1, 20, None)
 
 
 def test_nobody_need_ask(monkeypatch: pytest.MonkeyPatch) -> None:
