@@ -157,8 +157,7 @@ def run_rollback(args: argparse.Namespace) -> int:
         return _done(args, report, f"would return to {to}")
     if args.server:
         if target is None:
-            # What the server had before: it knows, the registry does not.
-            report["serving"] = _take(args, registry, name, f"{ROUTE}/rollback", None)
+            report["serving"] = _take_back(args, registry, name)
         else:
             points, _ = registry.load(target.uri)
             body = {"points": points.as_dict(), "default": target.point, "source": target.uri}
@@ -186,8 +185,12 @@ def _take(
     name: str,
     route: str,
     body: Mapping[str, Any] | None,
+    *,
+    post: bool = True,
 ) -> dict[str, Any]:
-    """Have the server change; the aliases are moved after that, so that they never run ahead.
+    """Have the server change, or only say what it has.
+
+    The aliases are moved after that, so that they never run ahead.
 
     Returns:
         what the server says it has now.
@@ -196,7 +199,7 @@ def _take(
         RuntimeError: if it does not answer or refuses, with what that leaves.
     """
     try:
-        answer = ask(args.server, route, body, post=True, key_variable=args.api_key_env)
+        answer = ask(args.server, route, body, post=post, key_variable=args.api_key_env)
     except RuntimeError as error:
         aliases = registry.aliases(name)
         left = ", ".join(f"{a} is version {n}" for a, n in sorted(aliases.items()))
@@ -205,6 +208,21 @@ def _take(
             "right and run the command again."
         ) from error
     return {key: answer[key] for key in ("default", "source", "digest", "since")}
+
+
+def _take_back(args: argparse.Namespace, registry: Registry, name: str) -> dict[str, Any]:
+    """Have the server return to what it had before, which it knows and the registry does not.
+
+    One that does not run at what is promoted has done so already: then this command was cut off,
+    and doing it twice would lead back.
+    """
+    from fathom.tuning.registry import PRODUCTION
+
+    now = registry.version(name, registry.aliases(name)[PRODUCTION])
+    serving = _take(args, registry, name, ROUTE, None, post=False)
+    if (serving["digest"], serving["default"]) != (now.digest, now.point):
+        return serving
+    return _take(args, registry, name, f"{ROUTE}/rollback", None)
 
 
 def _move(args: argparse.Namespace, move: Callable[[], bool | None]) -> bool | None:

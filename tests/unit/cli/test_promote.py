@@ -162,8 +162,16 @@ def test_a_server_takes_over_what_is_promoted(
         assert report["serving"]["source"] == report["uri"]
 
 
+def out_of_order(*_: object, **__: object) -> None:
+    raise OSError("out of order")
+
+
 def test_the_first_promotion_rolls_back_to_what_the_server_had(
-    url: str, points: OperatingPoints, empty: Path, capsys: pytest.CaptureFixture[str]
+    url: str,
+    points: OperatingPoints,
+    empty: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     study("small", points, empty)
     assert main(["rollback", "small", "--server", url]) == 1
@@ -173,6 +181,15 @@ def test_the_first_promotion_rolls_back_to_what_the_server_had(
     report = json.loads(Path("back.json").read_text())
     assert (report["version"], report["aliases"]) == (None, {"previous": 1})
     assert (report["serving"]["default"], report["serving"]["source"]) == (None, None)
+    # Cut off between server and registry, it can be done again: the server goes back once.
+    assert main(["promote", "small", "--server", url]) == 0
+    with monkeypatch.context() as broken:
+        broken.setattr(mlflow.MlflowClient, "delete_registered_model_alias", out_of_order)
+        assert main(["rollback", "small", "--server", url]) == 1
+    assert "has taken the change over, but its aliases could not all be moved" in said(capsys)
+    assert main(["rollback", "small", "--server", url, "--json", "back.json"]) == 0
+    report = json.loads(Path("back.json").read_text())
+    assert (report["serving"]["default"], report["aliases"]) == (None, {"previous": 1})
     # A second study has a registry of its own, and the server knows what it had.
     study("other", points, empty)
     assert main(["promote", "small", "--server", url]) == 0

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -237,6 +238,25 @@ def test_studies_are_listed_with_what_was_promoted(folder: Path) -> None:
             "aliases": ["production"],
         }
     ]  # fmt: skip
+
+
+def test_a_server_starts_with_what_was_promoted(folder: Path) -> None:
+    from deployments.app import build
+
+    made = find_study("small")
+    registry = Registry(made.uri)
+    registry.set_production(registry.register(made.run_id, made.points(), "front-2", "small"))
+    name = "models:/fathom-tiny@production"
+    for compute, point in (({}, "front-2"), ({"operating_point": "front-3"}, "front-3")):
+        application = build(
+            {"operating_points": name, "mlflow": made.uri, "engine": {"compute": compute}}
+        )
+        given: Any = application._bound_deployment.init_args
+        _, config, _, _, points = given
+        assert config.engine.compute == made.points().resolve(point)
+        assert points.path == "models:/fathom-tiny/1"
+    with pytest.raises(ConfigError, match="say which by mlflow"):
+        build({"operating_points": name})
 
 
 def test_what_is_not_there_is_said(folder: Path) -> None:
