@@ -143,6 +143,7 @@ def test_a_killed_study_goes_on_without_losing_or_repeating_a_trial(tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_asha_killed_at_random_loses_and_repeats_nothing(tmp_path: Path) -> None:
     write_trace(tmp_path / "a.parquet", requests=120, tokens=30, scale=4)
     body = {
