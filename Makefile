@@ -19,6 +19,7 @@ SERVE_ARGS ?=
 BENCH_ARGS ?= --modes full,exact,rollback,free --batch 1,8 --new-tokens 64 --vs transformers \
 	--json bench-engine.json
 PYTEST_ARGS ?=
+STUDY_ARGS ?=
 TORCH_INDEX ?=
 PIP_INDEX_ARGS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
@@ -98,6 +99,11 @@ lint: $(DEV_STAMP)  ## ruff (style, format) and mypy (types)
 format: $(DEV_STAMP)  ## Rewrite the sources in the project's format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+.PHONY: study
+study: model $(DEV_STAMP)  ## Search, promote, serve at what was found (STUDY_ARGS=--keep)
+	@$(BIN)/python -m experiments.study.run --work study-work \
+		$(if $(MODEL),--model $(MODEL)) $(STUDY_ARGS)
 
 .PHONY: bench clean
 bench: model $(DEV_STAMP)  ## Benchmark the engine against transformers (BENCH_ARGS=)

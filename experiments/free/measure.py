@@ -79,15 +79,14 @@ def measure(
     items: Sequence[Item],
     methods: Sequence[Method],
     folder: Path,
-    *,
-    at_once: int,
-    threads: int,
+    config: EngineConfig,
     progress: Callable[[str, int], Advance],
 ) -> dict[str, Any]:
     """Run all methods on all requests; what is in ``folder`` already is not run again.
 
     Args:
-        at_once: requests that share the engine.
+        config: of the engine; ``max_num_seqs`` requests share it. Without prefix caching, or the
+            second method would find the first one's blocks.
 
     Returns:
         ``meta`` and ``outcomes``, plain.
@@ -95,13 +94,6 @@ def measure(
     Raises:
         EvaluationError: for a request that fails, or a folder with another comparison's results.
     """
-    config = EngineConfig(
-        adapter=own.adapter,
-        threads=threads,
-        max_num_seqs=at_once,
-        # Off: the second method would find the first one's blocks.
-        prefix_caching=False,
-    )
     policies = {each.name: each.compute for each in methods}
     path = data_file(own.name, own.task.file)
     settings = {
@@ -111,7 +103,7 @@ def measure(
     }
     job = describe_job(config, list(policies), [Load(own.task, path)], settings)
     partial = Partial(folder / "live.jsonl", job)
-    block = max(8, _ROUND * at_once)
+    block = max(8, _ROUND * config.max_num_seqs)
     engine = Engine.from_config(config)
     try:
         session = Session(
@@ -140,8 +132,8 @@ def measure(
             "dtype": info.dtype,
             "requests": len(items),
             "new_tokens": own.new_tokens,
-            "at_once": at_once,
-            "threads": threads,
+            "at_once": config.max_num_seqs,
+            "threads": config.threads,
             "cores": len(os.sched_getaffinity(0)),
             "rounds": len(parts),
         },

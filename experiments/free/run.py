@@ -21,6 +21,7 @@ from experiments.free.measure import figures, measure
 from experiments.free.methods import Methods, calibrate, record
 from experiments.free.report import write_figure, write_tables
 from experiments.free.tasks import FREE_TASKS, FreeTask, judged
+from fathom.config import EngineConfig
 from fathom.evaluation.answers import Advance
 from fathom.evaluation.errors import EvaluationError
 from fathom.training.tracking import Tracker
@@ -44,11 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for own, items in loads.items():
             folder = args.work / own.name
             methods = calibrate(own, folder, record(own, folder, args.threads), store)
+            config = EngineConfig(
+                adapter=own.adapter,
+                threads=args.threads,
+                max_num_seqs=args.at_once,
+                prefix_caching=False,
+            )
             with _progress() as progress:
-                found = measure(
-                    own, items, methods.methods, folder,
-                    at_once=args.at_once, threads=args.threads, progress=progress,
-                )  # fmt: skip
+                found = measure(own, items, methods.methods, folder, config, progress)
             found["missing"] = methods.missing
             (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
             figure = write_figure(found, args.out / f"{own.name}.png")
