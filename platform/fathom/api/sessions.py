@@ -21,23 +21,33 @@ from starlette.types import Scope
 COOKIE = "fathom_session"
 LIFETIME_S = 12 * 3600
 
+SESSION, LINK = "session", "link"
+"""What is issued: a cookie's value, or what an address holds that begins a session. Neither passes
+for the other, so that no cookie can prolong itself."""
+
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
-def issue(key_digest: bytes, now: float | None = None, lifetime_s: float = LIFETIME_S) -> str:
-    """The value of a cookie for whoever has shown the key with this digest.
+def issue(
+    key_digest: bytes,
+    now: float | None = None,
+    *,
+    kind: str = SESSION,
+    lifetime_s: float = LIFETIME_S,
+) -> str:
+    """The value of a cookie, or of a link, for whoever has shown the key with this digest.
 
     Args:
         now: seconds since the epoch.
     """
     until = str(int((time.time() if now is None else now) + lifetime_s))
-    return f"{until}.{_proof(key_digest, until)}"
+    return f"{until}.{_proof(kind, key_digest, until)}"
 
 
 def owner_of_session(
-    value: str, digests: Sequence[bytes], now: float | None = None
+    value: str, digests: Sequence[bytes], now: float | None = None, *, kind: str = SESSION
 ) -> bytes | None:
-    """The digest of the key that a cookie's value was issued for; None if it holds for none.
+    """The digest of the key that a value was issued for; None if it holds for none.
 
     The time taken does not tell which, or how nearly.
     """
@@ -46,7 +56,7 @@ def owner_of_session(
         return None
     found = None
     for known in digests:
-        if hmac.compare_digest(proof, _proof(known, until)):
+        if hmac.compare_digest(proof, _proof(kind, known, until)):
             found = known
     return found if (time.time() if now is None else now) < int(until) else None
 
@@ -91,6 +101,6 @@ def _is_https(scope: Scope) -> bool:
     return "https" in (scope["scheme"], forwarded.partition(",")[0].strip())
 
 
-def _proof(key_digest: bytes, until: str) -> str:
-    said = f"fathom session until {until}".encode()
+def _proof(kind: str, key_digest: bytes, until: str) -> str:
+    said = f"fathom {kind} until {until}".encode()
     return hmac.new(key_digest, said, hashlib.sha256).hexdigest()

@@ -24,7 +24,7 @@ _EXAMPLES = """\
 
 A server shows the same pages by itself, at /dashboard. This command is for one that cannot be
 reached by a browser, and for studies that are here. It does with the server what its key allows,
-so it asks for that key too; the address that it prints holds a session and is good for 5 minutes.
+so it asks for that key too; the address that it prints begins a session, for 5 minutes.
 """
 
 
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     import uvicorn
 
     from fathom.api.auth import KEY_VARIABLE, check_bind, digests_from_env
-    from fathom.api.sessions import issue
+    from fathom.api.sessions import LINK, issue
     from fathom.dashboard.proxy import Upstream, create_proxy
 
     digests = digests_from_env()
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     shown = f"[{args.host}]" if ":" in args.host else args.host
     url = f"http://{shown}:{listening.getsockname()[1]}/dashboard"
     if digests:
-        url += f"/login?session={issue(digests[0], lifetime_s=_LINK_S)}"
+        url += f"/login?link={issue(digests[0], kind=LINK, lifetime_s=_LINK_S)}"
     print(f"dashboard of {args.server}: {url} (Ctrl-C stops)", file=sys.stderr, flush=True)
     if args.open:
         import webbrowser

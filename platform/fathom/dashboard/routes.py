@@ -86,9 +86,9 @@ def _add_pages(app: FastAPI) -> None:
 
 def _add_login(app: FastAPI, digests: tuple[bytes, ...]) -> None:
     @app.get(LOGIN, include_in_schema=False)
-    def login_page(request: Request, session: str = "") -> Response:
-        """The form; a link that holds a session of its own needs none (``dashboard.proxy``)."""
-        owner = sessions.owner_of_session(session, digests)
+    def login_page(request: Request, link: str = "") -> Response:
+        """The form, but for who comes by a link that ``fathom dashboard`` has printed."""
+        owner = sessions.owner_of_session(link, digests, kind=sessions.LINK)
         if digests and owner is None:
             return send(request, "login.html")
         answer = RedirectResponse("../dashboard", 303)

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import re
 import time
 
 import pytest
 from starlette.testclient import TestClient
 
 from fathom.api.auth import digest
-from fathom.api.sessions import COOKIE, LIFETIME_S, issue, owner_of_session
+from fathom.api.sessions import COOKIE, LIFETIME_S, LINK, issue, owner_of_session
 
 ONE, OTHER = digest("unit-key"), digest("other")
 HTML = {"accept": "text/html,application/xhtml+xml"}
@@ -126,14 +125,17 @@ def test_a_key_counts_before_a_cookie(inside: TestClient) -> None:
     assert answer.status_code == 401
 
 
-def test_a_link_may_hold_a_session(bare: TestClient) -> None:
-    assert bare.get("/dashboard/login", params={"session": "1.0"}).status_code == 200
+def test_a_link_begins_a_session(bare: TestClient) -> None:
+    assert bare.get("/dashboard/login", params={"link": "1.0"}).status_code == 200
+    # A cookie cannot prolong itself, and a link is no cookie.
+    assert bare.get("/dashboard/login", params={"link": issue(ONE)}).status_code == 200
     assert COOKIE not in bare.cookies
-    link = issue(ONE, lifetime_s=5)
-    answer = bare.get("/dashboard/login", params={"session": link})
+    link = issue(ONE, kind=LINK, lifetime_s=5)
+    assert owner_of_session(link, [ONE]) is None
+    answer = bare.get("/dashboard/login", params={"link": link})
     assert answer.url.path == "/dashboard"
-    until = int(re.split(r"\.", bare.cookies[COOKIE].strip('"'))[0])
-    assert until > time.time() + LIFETIME_S - 60  # another than the link's
-    old = issue(ONE, now=time.time() - 10, lifetime_s=5)
+    until = int(bare.cookies[COOKIE].strip('"').partition(".")[0])
+    assert until > time.time() + LIFETIME_S - 60
+    old = issue(ONE, now=time.time() - 10, kind=LINK, lifetime_s=5)
     fresh = TestClient(bare.app)
-    assert fresh.get("/dashboard/login", params={"session": old}).url.path == "/dashboard/login"
+    assert fresh.get("/dashboard/login", params={"link": old}).url.path == "/dashboard/login"

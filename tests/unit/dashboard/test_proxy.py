@@ -16,7 +16,7 @@ from starlette.responses import StreamingResponse
 from starlette.testclient import TestClient
 
 from fathom.api.auth import KeyMiddleware, digest
-from fathom.api.sessions import issue
+from fathom.api.sessions import LINK, issue
 from fathom.dashboard.proxy import Upstream, create_proxy
 
 KEY = "secret"
@@ -71,7 +71,7 @@ def proxy(url: str, key: str = KEY, **options: object) -> TestClient:
 def test_requests_get_the_key_and_lose_the_session(upstream: str) -> None:
     with proxy(upstream) as client:
         assert client.get("/metrics").status_code == 401
-        client.get("/dashboard/login", params={"session": issue(digest(KEY))})
+        client.get("/dashboard/login", params={"link": issue(digest(KEY), kind=LINK)})
         found = client.get("/metrics?a=b%20c", headers={"x-other": "1"}).json()
         assert found["query"] == "a=b%20c"
         assert found["headers"]["authorization"] == f"Bearer {KEY}"
