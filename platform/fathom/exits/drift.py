@@ -188,9 +188,11 @@ class PointWatch:
         if completion.asked and name == self.expected.measure:
             counts = np.asarray(completion.rows, dtype=np.float64)
             tail = (counts[::-1].cumsum()[::-1] / completion.asked).tolist()
-        self._tests.observe(loss, tail)
         self._latest.append((loss, tail))
-        return self._end_alarm() if self.reasons else self._raise_alarm()
+        if self.reasons:  # the evidence is in; it would grow beyond all numbers
+            return self._end_alarm()
+        self._tests.observe(loss, tail)
+        return self._raise_alarm()
 
     def _raise_alarm(self) -> bool:
         self.reasons = tuple(self._tests.reasons)

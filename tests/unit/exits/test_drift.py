@@ -86,6 +86,7 @@ def test_a_switch_is_noticed_and_its_end_too(
     for each, _ in zip(stream(3, **change), range(300), strict=False):
         watch.observe(each)
         assert watch.reasons  # as long as it lasts
+    assert 40 <= max(watch.figures()["evidence"].values()) < 1e4  # what raised it
     for back, each in enumerate(stream(4), 1):
         watch.observe(each)
         if not watch.reasons:
