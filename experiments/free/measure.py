@@ -47,7 +47,8 @@ class Outcome:
         exit_rate: decided at the exit. cost: mean cost of a token as a share of the full model's,
             by the depth at which it was decided (``ComputeUsage.realised_budget``).
         layers_per_token: layers x rows that ran, those of verifying passes included.
-        deep_passes: passes of the deep stage a token: what is left of reading its weights.
+        deep_passes: passes of the deep stage a token, those over the prompt included: what is left
+            of reading its weights.
         tokens_per_s: of all requests, prompts included. ratio: of that over the full model's,
             median over rounds; ratio_low, ratio_high: quartiles.
         tokens: of all answers.

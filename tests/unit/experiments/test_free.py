@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fathom.config import EngineConfig
 from fathom.tuning.operating_points import OperatingPoints, Point
 from fathom.types import AcceptMode, ComputePolicy, PolicyName
 from tests.points import points_of
-from tests.tiny_models import tiny_model
+from tests.tiny_models import save_random_llama, tiny_model
 
 __all__ = ["tiny_model"]
 
@@ -99,12 +100,24 @@ def test_no_request_chooses_and_judges(data: Path, tmp_path: Path) -> None:
     ]
 
 
+def unsure(folder: Path, tokenizer: Path) -> Path:
+    """A random model whose exit is right now and then."""
+    save_random_llama(
+        folder, seed=3, vocab_size=257, initializer_range=0.15, tie_word_embeddings=True,
+        eos_token_id=256, bos_token_id=None,
+    )  # fmt: skip
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / name, folder)
+    return folder
+
+
 def test_methods_run_live_once_and_the_page_tells_of_them(
     data: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
     config = EngineConfig(
-        model=str(tiny_model), dtype="float32", threads=1, kv_cache_bytes=4 << 20,
-        pause_drafting=False, exit_layer=2, adapter="none", max_num_seqs=4, prefix_caching=False,
+        model=str(unsure(tmp_path / "model", tiny_model)), dtype="float32", threads=1,
+        kv_cache_bytes=4 << 20, pause_drafting=False, exit_layer=2, adapter="none", max_num_seqs=4,
+        prefix_caching=False,
     )  # fmt: skip
     free = ComputePolicy(mode=AcceptMode.FREE, exit_threshold=0.0)
     methods = [
@@ -129,8 +142,9 @@ def test_methods_run_live_once_and_the_page_tells_of_them(
     # All but each answer's first token.
     assert static["exit_rate"] == pytest.approx(1 - 9 / static["tokens"])
     assert static["layers_per_token"] < 3
-    assert 0.5 < drafted["exit_rate"] < 1
-    assert drafted["agreement"] < 1
+    assert drafted["exit_rate"] > 0.8
+    assert 0 < drafted["agreement"] < 0.9
+    assert static["agreement"] < 0.9
     assert drafted["deep_passes"] < 0.3
     for own in (static, drafted):
         assert own["agreement_low"] <= own["agreement"] <= own["agreement_high"]
@@ -143,10 +157,10 @@ def test_methods_run_live_once_and_the_page_tells_of_them(
     assert len(shown) == 2 * before
 
     page = tmp_path / "README.md"
-    page.write_text(f"# Free\n{BEGIN}\nold\n{END}\nafter\n")
+    page.write_text(f"# Free\n{BEGIN}\nstale\n{END}\nafter\n")
     write_tables(page, [{**found, "missing": {"risk": "too few requests"}}])
     text = page.read_text()
-    assert "old" not in text and text.endswith("after\n")
+    assert "stale" not in text and text.endswith("after\n")
     row = next(line for line in text.splitlines() if line.startswith("| static exit"))
     assert f"{static['exit_rate']:.1%}" in row
     assert "risk: too few requests" in text
