@@ -115,5 +115,4 @@ def _figure(result: Mapping[str, Any]) -> Figure:
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=11
     )
-    figure.set_dpi(80)
     return figure

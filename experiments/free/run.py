@@ -78,8 +78,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--requests", type=int, default=0, metavar="N", help="a task; default: the task's own"
     )
     parser.add_argument(
-        "--at-once", type=int, default=8, metavar="N",
-        help="requests that share the engine; default: 8 (the paper: 1)",
+        "--at-once", type=int, default=1, metavar="N",
+        help="requests that share the engine; default: 1, as in the paper",
     )  # fmt: skip
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: 1")
     parser.add_argument("--out", type=Path, default=HERE, metavar="DIR", help="default: here")

@@ -47,15 +47,15 @@ FREE_TASKS = {
     for task in (
         FreeTask(
             "multi30k", "Multi30k, German to English (adapter multi30k)", "multi30k",
-            "multi30k/valid.jsonl.gz", requests=96, calibrate=300, new_tokens=48,
+            "multi30k/valid.jsonl.gz", requests=100, calibrate=300, new_tokens=48,
         ),
         FreeTask(
             "dialogsum", "DialogSum (adapter default: the model as it is)", "default",
-            "", requests=32, calibrate=200, new_tokens=48,
+            "", requests=48, calibrate=200, new_tokens=48,
         ),
         FreeTask(
             "scitldr", "SciTLDR (adapter scitldr)", "scitldr",
-            "scitldr/dev.jsonl.gz", requests=32, calibrate=200, new_tokens=48,
+            "scitldr/dev.jsonl.gz", requests=48, calibrate=200, new_tokens=48,
         ),
     )
 }  # fmt: skip

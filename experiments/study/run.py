@@ -114,7 +114,10 @@ def _ask(url: str, model: str, new_tokens: int) -> dict[str, Any]:
     """What the ledger says of a completion whose request names no compute policy."""
     client = OpenAI(base_url=f"{url}/v1", api_key="none")
     answer = client.chat.completions.create(
-        model=model, messages=[{"role": "user", "content": QUESTION}], max_tokens=new_tokens
+        model=model,
+        messages=[{"role": "user", "content": QUESTION}],
+        max_tokens=new_tokens,
+        temperature=0,
     )
     print(f"\n> {QUESTION}\n{answer.choices[0].message.content}\n", flush=True)
     assert answer.usage is not None
