@@ -33,7 +33,7 @@ class LiveRuns:
     def __init__(self, study: Study, folder: Path, traces: Traces, work_dir: Path) -> None:
         from fathom.tuning.live_parts import live_parts
 
-        self._study = study
+        self._study = study.located(folder)
         self._folder = work_dir / "live"
         files = _encode(study, folder, traces)
         self._for_trials = live_parts(study, files, traces.parts)
@@ -45,7 +45,7 @@ class LiveRuns:
         from fathom.tuning.live_setting import LiveTrials
 
         full = full_figures(self._study, self._for_trials, self._folder)
-        return LiveTrials(self._for_trials, full)
+        return LiveTrials(self._study, self._for_trials, full)
 
     def verify(
         self,

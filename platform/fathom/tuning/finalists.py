@@ -16,8 +16,9 @@ from fathom.compute import ComputePolicy
 from fathom.tuning.ledger import Trial, write_whole
 from fathom.tuning.live import LiveFigures
 from fathom.tuning.live_parts import LivePart
-from fathom.tuning.objective import Figures, evaluate
+from fathom.tuning.objective import Figures
 from fathom.tuning.operating_points import OperatingPoints
+from fathom.tuning.rows import SAME
 from fathom.tuning.space import ENGINE, Setting
 from fathom.tuning.study import Study
 from fathom.tuning.study_live import ONLY
@@ -45,8 +46,8 @@ class Verified:
     """A finalist that has been run.
 
     Attributes:
-        data: names of the traces, one for each of the next two. replay: figures of the same
-            requests and tokens on the trace. live: what the engine gave.
+        data: names of the traces, one for each of the next two. replay: what the trace foretells
+            of the same requests and tokens; see ``LiveRun.replay``. live: what the engine gave.
         seconds: that it took.
     """
 
@@ -229,14 +230,14 @@ def run_finalist(study: Study, own: Finalist, parts: Sequence[LivePart]) -> Veri
     from fathom.tuning.live_setting import run_setting  # loads the engine
 
     start = time.perf_counter()
-    mine = [part for part in parts if part.rows.exit == own.setting.get("exit", ONLY)]
+    runs = run_setting(study, own.setting, parts, compute=own.compute)
     return Verified(
         trial=own.trial,
         point=own.point,
         setting=own.setting,
-        data=[part.rows.name for part in mine],
-        replay=[evaluate(own.setting, [part.pair]) for part in mine],
-        live=run_setting(study, own.setting, mine, compute=own.compute),
+        data=[run.part.rows.name for run in runs],
+        replay=[run.replay(own.setting) for run in runs],
+        live=[run.figures for run in runs],
         seconds=time.perf_counter() - start,
     )
 
@@ -280,10 +281,9 @@ def _key(study: Study, own: Finalist, parts: Sequence[LivePart]) -> str:
             "setting": own.setting,
             "compute": {**asdict(own.compute), "operating_point": ""},
             "engine": {name: own.setting.get(name, dimensions[name].first) for name in ENGINE},
-            "adapter": study.exits_by_name[own.setting.get("exit", ONLY)].adapter,
             "new_tokens": study.live.new_tokens,
             "prompts": [
-                (part.rows.name, part.prompts)
+                (part.rows.name, [getattr(part.rows.source, key) for key, _ in SAME], part.prompts)
                 for part in parts
                 if part.rows.exit == own.setting.get("exit", ONLY)
             ],

@@ -8,11 +8,18 @@ from typing import Any
 
 from fathom.compute import ComputePolicy
 from fathom.config import EngineConfig
+from fathom.engine.costs import StageCosts
 from fathom.engine.engine import Engine
 from fathom.settings import ConfigError
 from fathom.tuning.live import FULL, LiveFigures, run_live
 from fathom.tuning.live_parts import LivePart
-from fathom.tuning.objective import Figures, compute_of, mean_figures, with_first_threshold
+from fathom.tuning.objective import (
+    Figures,
+    compute_of,
+    evaluate,
+    mean_figures,
+    with_first_threshold,
+)
 from fathom.tuning.rows import SAME, Source
 from fathom.tuning.space import ENGINE
 from fathom.tuning.study import Study
@@ -24,17 +31,19 @@ class LiveTrials:
     """What live trials need beside their settings.
 
     Attributes:
+        study: with adapters where this process finds them.
         parts: requests that they run. full: mode ``full`` on the engine of the space's first
             values, which times and throughputs of all trials are shares of.
     """
 
+    study: Study
     parts: list[LivePart]
     full: Figures
 
 
-def run_trial(study: Study, setting: Mapping[str, Any], live: LiveTrials) -> Figures:
+def run_trial(setting: Mapping[str, Any], live: LiveTrials) -> Figures:
     """A live trial's figures."""
-    found = as_figures(run_setting(study, setting, live.parts, beside_full=False))
+    found = as_figures(run_setting(live.study, setting, live.parts, beside_full=False))
     return replace(
         found, full_tpot_ms=live.full.full_tpot_ms, full_tokens_per_s=live.full.full_tokens_per_s
     )
@@ -47,6 +56,24 @@ def run_full(study: Study, parts: Sequence[LivePart]) -> Figures:
     return replace(found, full_tpot_ms=found.tpot_ms, full_tokens_per_s=found.tokens_per_s)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LiveRun:
+    """What one part's requests gave, on an engine of these measured costs."""
+
+    part: LivePart
+    costs: StageCosts
+    figures: LiveFigures
+
+    def replay(self, setting: Mapping[str, Any]) -> Figures:
+        """What the trace foretells of the same requests, at the engine's own costs.
+
+        Those of the trace were measured on another day, maybe on another machine: in times, and in
+        whether mode ``exact`` drafts at all, that would count as the replay's error.
+        """
+        source = replace(self.part.rows.source, costs=self.costs)
+        return evaluate(setting, [(self.part.first, replace(self.part.rows, source=source))])
+
+
 def run_setting(
     study: Study,
     setting: Mapping[str, Any],
@@ -54,7 +81,7 @@ def run_setting(
     *,
     compute: ComputePolicy | None = None,
     beside_full: bool = True,
-) -> list[LiveFigures]:
+) -> list[LiveRun]:
     """Run a setting on the prompts of its exit's parts, each on an engine that is new.
 
     Args:
@@ -76,16 +103,15 @@ def run_setting(
         engine = Engine.from_config(config)
         try:
             check_engine(engine, source, config.adapter)
-            found.append(
-                run_live(
-                    engine,
-                    part.prompts,
-                    policy,
-                    new_tokens=study.live.new_tokens,
-                    at_once=config.max_num_seqs,
-                    beside_full=beside_full,
-                )
+            figures = run_live(
+                engine,
+                part.prompts,
+                policy,
+                new_tokens=study.live.new_tokens,
+                at_once=config.max_num_seqs,
+                beside_full=beside_full,
             )
+            found.append(LiveRun(part, engine.stage_costs, figures))
         finally:
             engine.close()
     return found
@@ -125,7 +151,7 @@ def check_engine(engine: Engine, source: Source, adapter: str) -> None:
             )
 
 
-def as_figures(found: Sequence[LiveFigures]) -> Figures:
+def as_figures(found: Sequence[LiveRun]) -> Figures:
     """Live figures as a trial has them: mean over the data sets; 0 for what was not measured."""
     return mean_figures(
         [
@@ -138,6 +164,6 @@ def as_figures(found: Sequence[LiveFigures]) -> Figures:
                 tokens_per_s=each.tokens_per_s,
                 full_tokens_per_s=each.full_tokens_per_s or 0.0,
             )
-            for each in found
+            for each in (run.figures for run in found)
         ]
     )

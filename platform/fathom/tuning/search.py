@@ -180,7 +180,7 @@ class _Worker(tune.Trainable):
             return evaluate(setting, parts)
         from fathom.tuning.live_setting import run_trial  # loads torch, which replays do without
 
-        return run_trial(self._study, setting, self._live)
+        return run_trial(setting, self._live)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """A trial has nothing to go on from: it is run again, or done."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from itertools import product
 from pathlib import Path
@@ -210,6 +210,20 @@ class Study:
     def exits_by_name(self) -> dict[str, Exit]:
         """All exits; that of a study which names none is called ``ONLY``."""
         return self.exits or {ONLY: Exit(self.traces)}
+
+    def located(self, folder: Path) -> Study:
+        """The study with its adapters' folders as other processes find them.
+
+        Args:
+            folder: of the study's file.
+        """
+        exits = {
+            name: replace(own, adapter=str((folder / own.adapter).resolve()))
+            if own.adapter and (folder / own.adapter).exists()
+            else own
+            for name, own in self.exits.items()
+        }
+        return replace(self, exits=exits)
 
     @property
     def first_exit(self) -> str:

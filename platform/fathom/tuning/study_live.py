@@ -27,7 +27,8 @@ class Exit:
 
     Attributes:
         traces: files, relative to the study's own, recorded with this exit.
-        adapter: where the adapter is now; empty takes the name that the traces have.
+        adapter: where the adapter is now: a folder, relative to the study's file, or a name that
+            ships; empty takes what the traces name.
     """
 
     traces: tuple[str, ...] = ()

@@ -67,7 +67,8 @@ def at(rows: TraceRows, share: float) -> float:
 @pytest.mark.parametrize(("share", "stack"), [(0.5, 3), (0.9, 1), (0.9, 8)])
 def test_exact_is_live_what_the_replay_says(part: LivePart, share: float, stack: int) -> None:
     setting = {**SETTING, "max_stack": stack, "exit_threshold": at(part.rows, share)}
-    (live,) = run_setting(STUDY, setting, [part])
+    (run,) = run_setting(STUDY, setting, [part])
+    live = run.figures
     replay = evaluate(setting, [part.pair])
     assert live.requests == len(part.prompts) == 10
     assert live.tokens == len(part.rows)
@@ -84,7 +85,8 @@ def test_free_is_within_its_interval_of_the_replay(part: LivePart, policy: str) 
         setting["exit_threshold"] = at(part.rows, 0.4)
     if policy == "budget":
         setting["budget"] = 0.8
-    (live,) = run_setting(STUDY, setting, [part])
+    (run,) = run_setting(STUDY, setting, [part])
+    live = run.figures
     replay = evaluate(setting, [part.pair])
     assert live.quality.low <= replay.quality <= live.quality.high
     assert live.exit_rate.low <= replay.exit_rate <= live.exit_rate.high
@@ -104,7 +106,7 @@ def test_a_live_trial_is_held_against_full_on_the_first_engine(part: LivePart) -
     threshold = at(part.rows, 0.6)
     several = {**SETTING, "exit_threshold": threshold, "threads": 1, "max_num_seqs": 5,
                "max_num_batched_tokens": 64}  # fmt: skip
-    found = run_trial(STUDY, several, LiveTrials([part], full))
+    found = run_trial(several, LiveTrials(STUDY, [part], full))
     assert (found.full_tpot_ms, found.full_tokens_per_s) == (full.tpot_ms, full.tokens_per_s)
     assert found.quality == 1
     # Five requests share each pass, and none waits for the end of another.
