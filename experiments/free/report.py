@@ -98,20 +98,19 @@ def _figure(result: Mapping[str, Any]) -> Figure:
             [own["high"] - own["value"] for own in members],
         ]
         right.errorbar(speeds, values, yerr=errors, fmt="none", ecolor=color, alpha=0.35)
+        right.plot(speeds, values, color=color, linewidth=0.8, alpha=0.6)
         right.scatter(speeds, values, **form)
     left.set(xlabel="cost of a token (share of full)", ylabel="tokens as the full model's (%)")
     right.set(xlabel="tokens/s (times the full model's)", ylabel=_METRICS[meta["metric"]])
     left.set_title(meta["task"])
-    for plot, x, y in ((left, "cost", "agreement"), (right, "ratio", "value")):
-        named = [own for own in outcomes if own["family"] in ("CALM", "FREE fixed")]
-        scale = 100 if y == "agreement" else 1
-        plot.set(xlim=plot.get_xlim(), ylim=plot.get_ylim())
-        name_points(
-            plot,
-            [own[x] for own in named],
-            [scale * own[y] for own in named],
-            [own["name"].partition("-")[2].replace("paper", "0.9") for own in named],
-        )
+    named = [own for own in outcomes if own["family"] in ("CALM", "FREE fixed")]
+    left.set(xlim=left.get_xlim(), ylim=left.get_ylim())
+    name_points(
+        left,
+        [own["cost"] for own in named],
+        [100 * own["agreement"] for own in named],
+        [own["name"].partition("-")[2].replace("paper", "0.9") for own in named],
+    )
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=11
     )
