@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+import yaml
 
+from fathom.cli import main
+from fathom.config import EngineConfig
+from fathom.engine.build import build_engine
+from fathom.engine.info import EngineInfo
 from tests.browser.page import Page
-from tests.ray_fixtures import server
+from tests.browser.steps import log_in
+from tests.ray_fixtures import TestServer, free_port, server
+from tests.traces import write_trace
 
 __all__ = ["server"]
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+TRIALS = 20
 REMEDY = "install Chromium and its driver (Debian: apt-get install chromium chromium-driver)"
 
 
@@ -56,3 +68,64 @@ def page(browser: Page) -> Page:
     browser.resize(1280)
     browser.prefer("light")
     return browser
+
+
+@pytest.fixture
+def dashboard(page: Page, server: TestServer) -> Iterator[Page]:
+    """The dashboard after a login; no test may leave errors or have asked another host."""
+    log_in(page, server)
+    yield page
+    assert page.errors() == []
+    assert page.hosts() == {urlsplit(server.url).netloc}
+
+
+@pytest.fixture(scope="session")
+def info(server: TestServer) -> EngineInfo:
+    """What the server's replica runs."""
+    # Its settings are in tests.ray_fixtures.
+    engine = build_engine(
+        EngineConfig(model=server.model, dtype="float32", kv_cache_bytes=8 << 20, threads=1)
+    )
+    found = engine.info
+    engine.close()
+    return found
+
+
+@pytest.fixture(scope="session")
+def study(server: TestServer, info: EngineInfo, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A study of what the server runs, in the tracking server that it knows; its run's id."""
+    pytest.importorskip("optuna")
+    folder = tmp_path_factory.mktemp("study")
+    write_trace(
+        folder / "sky.parquet", requests=60, tokens=30, scale=4,
+        model=info.model, weights_digest=info.weights_digest, adapter=info.adapter,
+        adapter_digest=info.adapter_digest, exit_layer=str(info.exit_layer),
+        exit_depth=str(info.exit_depth), exit_vocab=str(info.exit_vocab),
+        num_layers=str(info.num_layers), dtype=info.dtype,
+    )  # fmt: skip
+    body = {
+        "traces": ["sky.parquet"],
+        "trials": TRIALS,
+        "space": {"confidence": ["softmax_gap", "max_prob"], "max_stack": {"low": 1, "high": 12}},
+    }
+    (folder / "sky.yaml").write_text(yaml.safe_dump(body))
+    work = folder / "work"
+    command = ["tune", str(folder / "sky.yaml"), "--work-dir", str(work), "--mlflow", server.mlflow]
+    assert main([*command, "--parallel", "2"]) == 0
+    return (work / "mlflow_run_id").read_text()
+
+
+@pytest.fixture(scope="session")
+def mlflow_ui(server: TestServer, study: str) -> Iterator[str]:
+    """MLflow's own pages of the study; they may take a while to be up."""
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", server.mlflow,
+         "--port", str(port), "--workers", "1"],
+        env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true",
+             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    yield f"http://127.0.0.1:{port}"
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait(20)

@@ -132,10 +132,12 @@ class Page:
         return found
 
     def until(self, true: Callable[[], Any], what: str, seconds: float = 30) -> Any:
-        """Wait until something holds; returns it."""
+        """Wait until something holds; returns it. A picture is kept of what never did."""
         deadline = time.monotonic() + seconds
         while not (found := true()):
-            assert time.monotonic() < deadline, f"still waiting: {what}"
+            if time.monotonic() > deadline:
+                self.screenshot("failure")
+                raise AssertionError(f"still waiting for {what}")
             time.sleep(0.05)
         return found
 

@@ -1,36 +1,21 @@
-"""The dashboard in a real browser: default model, real Serve, real study in a real MLflow."""
+"""The dashboard in a real browser, before a real Serve with the default model."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-import yaml
+from prometheus_client import CollectorRegistry, generate_latest
 
-from fathom.cli import main
-from fathom.config import EngineConfig
-from fathom.engine.build import build_engine
 from fathom.engine.info import EngineInfo
-from fathom.tuning.registry import Registry, connect
+from fathom.observability.shadow import ShadowMetrics
 from tests.browser.page import Page
-from tests.ray_fixtures import KEYS, TestServer, free_port
-from tests.traces import write_trace
+from tests.browser.steps import choose, log_in, show, stream
+from tests.ray_fixtures import KEYS, TestServer
 
-pytest.importorskip("optuna")
-
-TRIALS = 20
 # Values and notes of the tiles, by their labels.
 _TILES = """
 return Object.fromEntries([...document.querySelectorAll('#tiles > div')]
@@ -38,96 +23,6 @@ return Object.fromEntries([...document.querySelectorAll('#tiles > div')]
   .map(([label, value, note]) => [label, [value, note]]));
 """
 PROMPT = "Explain in three sentences why the sky is blue."
-
-
-@pytest.fixture(scope="session")
-def info(server: TestServer) -> EngineInfo:
-    """What the server's replica runs."""
-    # Its settings are in tests.ray_fixtures.
-    engine = build_engine(
-        EngineConfig(model=server.model, dtype="float32", kv_cache_bytes=8 << 20, threads=1)
-    )
-    found = engine.info
-    engine.close()
-    return found
-
-
-@pytest.fixture(scope="session")
-def study(server: TestServer, info: EngineInfo, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A study of what the server runs, in the tracking server that it knows; its run's id."""
-    folder = tmp_path_factory.mktemp("study")
-    write_trace(
-        folder / "sky.parquet", requests=60, tokens=30, scale=4,
-        model=info.model, weights_digest=info.weights_digest, adapter=info.adapter,
-        adapter_digest=info.adapter_digest, exit_layer=str(info.exit_layer),
-        exit_depth=str(info.exit_depth), exit_vocab=str(info.exit_vocab),
-        num_layers=str(info.num_layers), dtype=info.dtype,
-    )  # fmt: skip
-    body = {
-        "traces": ["sky.parquet"],
-        "trials": TRIALS,
-        "space": {"confidence": ["softmax_gap", "max_prob"], "max_stack": {"low": 1, "high": 12}},
-    }
-    (folder / "sky.yaml").write_text(yaml.safe_dump(body))
-    work = folder / "work"
-    command = ["tune", str(folder / "sky.yaml"), "--work-dir", str(work), "--mlflow", server.mlflow]
-    assert main([*command, "--parallel", "2"]) == 0
-    return (work / "mlflow_run_id").read_text()
-
-
-@pytest.fixture(scope="session")
-def mlflow_ui(server: TestServer, study: str) -> Iterator[str]:
-    """MLflow's own pages of the study; they may take a while to be up."""
-    port = free_port()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", server.mlflow,
-         "--port", str(port), "--workers", "1"],
-        env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true",
-             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    yield f"http://127.0.0.1:{port}"
-    os.killpg(process.pid, signal.SIGTERM)
-    process.wait(20)
-
-
-@pytest.fixture
-def dashboard(page: Page, server: TestServer) -> Page:
-    """The dashboard after a login; no test may leave errors or have asked another host."""
-    log_in(page, server)
-    yield page
-    assert page.errors() == []
-    assert page.hosts() == {urlsplit(server.url).netloc}
-
-
-def log_in(page: Page, server: TestServer, key: str = KEYS[1]) -> None:
-    page.open(f"{server.url}/dashboard")
-    page.one("#key").send_keys(key)
-    page.one("button.primary").click()
-    page.until(lambda: page.all("#status, [role=alert]"), "the answer to the login")
-
-
-def show(page: Page, view: str) -> None:
-    page.one(f"nav a[href='#{view}']").click()
-    page.until(lambda: page.one(f"#view-{view}").is_displayed(), f"the view {view}")
-
-
-def choose(page: Page, select: str, value: str) -> None:
-    page.one(f"{select} option[value='{value}']").click()
-
-
-def stream(page: Page, mode: str, tokens: int = 48) -> list[int]:
-    """Ask in a mode, and wait for the answer's end; returns the depths of its tokens."""
-    page.one(f"#modes input[value='{mode}']").click()
-    field = page.one("#max-tokens")
-    field.clear()
-    field.send_keys(str(tokens))
-    before = len(page.all("#runs tbody tr"))
-    page.one("#send").click()
-    page.until(lambda: len(page.all("#runs tbody tr")) > before, f"the answer in mode {mode}", 60)
-    return [int(each) for each in page.run(
-        "return [...document.querySelectorAll('#answer .tok')].map((e) => e.dataset.depth)"
-    )]  # fmt: skip
 
 
 def test_a_key_opens_it_and_nothing_else(page: Page, server: TestServer) -> None:
@@ -314,67 +209,36 @@ h_bucket{le="+Inf"} 12
     assert found["none"] is None
 
 
-@pytest.mark.usefixtures("mlflow_ui")  # it starts meanwhile
-def test_a_point_of_a_study_is_promoted_and_taken_back(
-    dashboard: Page, server: TestServer, study: str
-) -> None:
-    def serving() -> dict[str, Any]:
-        with server.http() as http:
-            found: dict[str, Any] = http.get("/v1/operating_points").json()
-            return found
-
-    assert serving()["default"] is None
-    show(dashboard, "studies")
-    buttons = dashboard.until(lambda: dashboard.all("#front-table button"), "the front")
-    assert dashboard.texts("#study-list tbody td")[0] == "sky"
-    assert dashboard.one("#front-chart .scatterlayer .trace")
-    point = buttons[-1].get_attribute("data-point")
-    buttons[-1].click()
-    assert point in dashboard.one("#confirm-title").text
-    dashboard.screenshot("promote-1280-light")
-    dashboard.one("#confirm button[value=no]").click()
-    assert serving()["default"] is None
-    dashboard.all("#front-table button")[-1].click()
-    dashboard.one("#confirm-yes").click()
-    dashboard.until(
-        lambda: "served" in dashboard.texts("#front-table tbody tr")[-1], "the promotion"
+def test_the_shadow_is_shown_where_there_is_one(dashboard: Page) -> None:
+    dashboard.until(lambda: dashboard.all("#tiles > div"), "the live figures")
+    assert not dashboard.one("#shadow-card").is_displayed()
+    figures = {"wrong": 0, "asked": 0, "decided": 900, "exited": 500, "layer_tokens": 9000}
+    point = {
+        "alert": True, "agreement": 0.9321, "exit_rate": 0.55, "layers_per_token": 10.0,
+        "psi": None, "alarms": 1, "completions": 30, "check_layer_tokens": 0, **figures,
+        "expected": {"least_agreement": 0.95}, "evidence": {},
+    }  # fmt: skip
+    registry = CollectorRegistry()
+    registry.register(ShadowMetrics("a", {"points": {"fast": point}}))
+    cells = dashboard.run_async(
+        """
+        const { parse } = await import('./dashboard/assets/metrics.js');
+        const { showShadow } = await import('./dashboard/assets/shadow.js');
+        showShadow(parse(args[0]));
+        return [...document.querySelectorAll('#shadow td')].map((each) => each.textContent);
+        """,
+        generate_latest(registry).decode(),
     )
-    now = serving()
-    assert now["default"] == point
-    assert point in dashboard.one("#serving").text
-    registry = Registry(server.mlflow)
-    (name,) = {now["source"].removeprefix("models:/").rpartition("/")[0]}
-    assert registry.resolve(f"models:/{name}@production").uri == now["source"]
-    with server.http() as http:  # requests that say nothing get it
-        body = {"model": server.model, "prompt": "The sea", "max_tokens": 4}
-        usage = http.post("/v1/completions", json=body).json()["usage"]
-    assert usage["compute"]["operating_point"] == point
-    for width in (1280, 390):
-        dashboard.resize(width)
-        for scheme in ("light", "dark"):
-            dashboard.prefer(scheme)
-            assert dashboard.overflow() == 0
-            assert dashboard.faint() == []
-            dashboard.screenshot(f"studies-{width}-{scheme}")
-    dashboard.resize(1280)
-    show(dashboard, "playground")  # the point can be named there now
-    assert point in dashboard.texts("#point option")
-    show(dashboard, "studies")
-    dashboard.until(lambda: dashboard.one("#rollback").is_displayed(), "the button")
-    dashboard.one("#rollback").click()
-    dashboard.one("#confirm-yes").click()
-    dashboard.until(
-        lambda: len(dashboard.all("#front-table button")) == len(buttons), "the rollback"
-    )
-    assert serving()["default"] is None
-    assert "production" not in registry.aliases(name)
+    drift = "drifted: run the study again"
+    assert cells == ["fast", "93.21 %", "95.00 %", "55.0 %", "10", "–", "30", drift]
 
 
 @pytest.mark.parametrize("view", ["live", "playground", "studies"])
 def test_every_control_can_be_reached_by_the_keyboard(
     dashboard: Page, server: TestServer, study: str, view: str
 ) -> None:
-    dashboard.open(f"{server.url}/dashboard#{view}")
+    # A page of its own, so that Tab begins at its top.
+    dashboard.open(f"{server.url}/dashboard?{view}#{view}")
     ready = {"live": "#replicas tbody", "playground": "#runs p", "studies": "#front-table tbody"}
     dashboard.until(lambda: dashboard.all(ready[view]), "the view")
     dashboard.until(lambda: dashboard.texts("#model") != [""], "the model's name")
@@ -386,13 +250,12 @@ def test_every_control_can_be_reached_by_the_keyboard(
     )
     wanted = {dashboard.run(tell, each) for each in dashboard.controls()}
     assert len(wanted) > 10
-    dashboard.run("document.activeElement.blur(); scrollTo(0, 0)")
     reached = set()
-    for _ in range(3 * len(wanted)):
+    for _ in range(2 * len(wanted)):
         focused = dashboard.tab()
-        name = dashboard.run(tell, focused)
-        if name in reached:
+        if focused.tag_name == "body":  # after the last one
             break
+        name = dashboard.run(tell, focused)
         reached.add(name)
         ring = focused.value_of_css_property("outline-style")
         marked = dashboard.run(
@@ -402,74 +265,6 @@ def test_every_control_can_be_reached_by_the_keyboard(
         )
         assert "solid" in (ring, marked), f"nothing shows that {name} has the focus"
     assert wanted <= reached
-
-
-def test_studies_are_shown_without_a_server_and_by_a_proxy(
-    page: Page, server: TestServer, info: EngineInfo, study: str
-) -> None:
-    key = {"FATHOM_API_KEY": KEYS[0]}
-    gone = f"http://127.0.0.1:{free_port()}"
-    with proxy(["--server", gone, "--mlflow", server.mlflow], key) as link:
-        page.open(link)
-        assert page.url.endswith("/dashboard")
-        page.until(lambda: "does not answer" in page.one("#banner").text, "the banner")
-        assert "Trying again" in page.one("#banner").text
-        show(page, "studies")
-        page.until(lambda: page.all("#front-table button"), "the front")
-        assert not any(each.is_enabled() for each in page.all("#front-table button"))
-        page.screenshot("no-server-1280-light")
-        assert page.hosts() == {urlsplit(link).netloc}
-    page.forget()  # a browser notes every answer of 502
-    with proxy(["--server", server.url], key) as link:
-        page.open(link.partition("/login")[0])
-        assert page.url.endswith("/login")  # the link alone holds a session
-        page.open(link)
-        show(page, "studies")
-        page.until(lambda: page.all("#front-table button"), "the front, read by the server")
-        show(page, "playground")
-        page.until(lambda: page.texts("#model") != [""], "the model's name")
-        assert info.exit_depth in stream(page, "free")
-        assert page.errors() == []
-        assert page.hosts() == {urlsplit(link).netloc}
-
-
-@contextlib.contextmanager
-def proxy(options: list[str], environment: dict[str, str]) -> Iterator[str]:
-    """``fathom dashboard``; yields the address that it prints."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fathom.cli", "dashboard", "--port", "0", *options],
-        env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        assert process.stderr is not None
-        said = process.stderr.readline()
-        found = re.search(r"http://127\.0\.0\.1:\d+/dashboard\S+", said)
-        assert found, said
-        wait_for(found[0].partition("/dashboard")[0] + "/dashboard/login")
-        yield found[0]
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-def test_mlflow_shows_the_runs_of_the_study(
-    page: Page, server: TestServer, study: str, mlflow_ui: str
-) -> None:
-    wait_for(f"{mlflow_ui}/health")
-    experiment = connect(server.mlflow).get_run(study).info.experiment_id
-    page.open(f"{mlflow_ui}/#/experiments/{experiment}/runs")
-    last = f"trial-{TRIALS - 1:05d}"
-    page.until(lambda: last in page.run("return document.body.innerText"), "the runs", 60)
-    page.screenshot("mlflow-runs")
-
-
-def wait_for(url: str, seconds: float = 180) -> None:
-    deadline = time.monotonic() + seconds
-    while True:
-        with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(url):
-            return
-        assert time.monotonic() < deadline, url
-        time.sleep(0.2)
 
 
 def test_the_page_is_made_of_installed_files_alone(server: TestServer) -> None:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 class LiveRuns:
     """The live runs of a study whose prompts are read and checked.
 
+    Attributes:
+        held_out: requests of finalists, by trace, exit by exit.
+
     Raises:
         UsageError: for prompts that cannot be read, or with their answers are too long.
         ConfigError: for prompts that a trace was not recorded from.
@@ -37,7 +40,7 @@ class LiveRuns:
         self._folder = work_dir / "live"
         files = _encode(study, folder, traces)
         self._for_trials = live_parts(study, files, traces.parts)
-        self._held_out = live_parts(study, files, traces.held_out)
+        self.held_out = live_parts(study, files, traces.held_out)
 
     def for_trials(self) -> LiveTrials:
         """What live trials need; mode ``full`` is run first, unless the work folder has it."""
@@ -80,7 +83,7 @@ class LiveRuns:
                     runs.add_live(found)
 
             return verify(
-                self._study, wanted, self._held_out, self._folder,
+                self._study, wanted, self.held_out, self._folder,
                 parallel=parallel, on_done=on_done,
             )  # fmt: skip
 

@@ -118,7 +118,8 @@ def _run(
             scheduler=asha.scheduler(study, len(levels), [ledger.climbed(trial) for trial in done]),
             num_samples=study.total - len(done),
             max_concurrent_trials=parallel or max(1, int(resources.get("CPU", 1))),
-            reuse_actors=live is None,  # an engine's threads are its process's
+            # An engine's threads are its process's.
+            reuse_actors=live is None or study.space.dimensions()["threads"].single,
         ),
         run_config=tune.RunConfig(
             name=f"{study.name}-{time.time_ns()}",

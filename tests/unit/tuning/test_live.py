@@ -55,7 +55,7 @@ def traces(folder: Path) -> Traces:
 
 @pytest.fixture(scope="module")
 def part(folder: Path, traces: Traces) -> LivePart:
-    (found,) = LiveRuns(STUDY, folder, traces, folder)._held_out
+    (found,) = LiveRuns(STUDY, folder, traces, folder).held_out
     return found
 
 

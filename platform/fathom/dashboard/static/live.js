@@ -6,11 +6,13 @@ import { component, confidenceAt, counted, KINDS, placeOf } from "./densities.js
 import { byId, duration, el, num, percent, table, tiles } from "./dom.js";
 import { byReplica, figures, lifetime } from "./figures.js";
 import { parse } from "./metrics.js";
+import { showShadow } from "./shadow.js";
 
 const EVERY_MS = 2000;
 const KEEP_MS = 5 * 60 * 1000;
 const EXITS_EVERY = 3;
 const TONES = ["one", "two", "three", "four", "five"];
+const LOG_TICKS = [0.1, 1, 10, 100, 1000, 10000].flatMap((each) => [each, 2 * each, 5 * each]);
 const TICKS = [0, 0.1, 0.5, 0.9, 0.99];
 
 const readings = []; // {at, reading}
@@ -74,6 +76,7 @@ function show() {
   showCharts();
   showExits();
   showReplicas();
+  showShadow(readings.at(-1).reading);
 }
 
 /** The view again, after it was hidden. */
@@ -103,20 +106,12 @@ function showTiles() {
     { label: "Requests", value: num(now.running), unit: "running", note: `${num(now.waiting)} waiting` },
     { label: "Replicas", value: num(now.replicas), unit: "up" },
     lambdaTile(now.thresholds),
-    ...shadowTile(),
   ]);
 }
 
 function lambdaTile(thresholds) {
   const [name, value] = Object.entries(thresholds)[0] ?? ["no policy has one yet", null];
   return { label: "Exit threshold λ", value: value === null ? "–" : value.toFixed(3), note: name };
-}
-
-function shadowTile() {
-  const found = readings.at(-1).reading.get("fathom_shadow_agreement");
-  if (!found) return [];
-  const values = [...found.values()].map((each) => each.value);
-  return [{ label: "Shadow agreement", value: percent(values.reduce((a, b) => a + b, 0) / values.length), note: "of probed traffic" }];
 }
 
 function showCharts() {
@@ -144,7 +139,7 @@ function showCharts() {
   lines(plots.latency, [
     ["TTFT p50", of("ttft50", 1000), "one"], ["TTFT p95", of("ttft95", 1000), "one", dash],
     ["TPOT p50", of("tpot50", 1000), "two"], ["TPOT p95", of("tpot95", 1000), "two", dash],
-  ], { yaxis: { type: "log", rangemode: "normal", dtick: "D2" } });
+  ], { yaxis: { type: "log", rangemode: "normal", tickvals: LOG_TICKS, ticktext: LOG_TICKS.map(String) } });
   lines(plots.exits, [["exit rate", of("exits", 100), "one"], ["drafts accepted", of("accepted", 100), "two"]], { yaxis: { range: [0, 102] } });
   lines(plots.layers, [
     ["layers per token", of("layers"), "one"],
@@ -195,7 +190,7 @@ function showExits() {
       yaxis: { showticklabels: false, range: [0, 1.08 * Math.max(...bars.u.map((_, i) => KINDS.reduce((sum, kind) => sum + bars[kind][i], 0)))] },
       margin: { l: 8 },
       shapes: [{ type: "line", x0: placeOf(lambda), x1: placeOf(lambda), yref: "paper", y0: 0, y1: 1, line: { color: colour("text"), width: 1.5, dash: "dash" } }],
-      annotations: [{ x: placeOf(lambda), yref: "paper", y: 0.98, text: `λ ${lambda.toFixed(3)}`, showarrow: false, xanchor: placeOf(lambda) > 0.5 ? "right" : "left", xshift: placeOf(lambda) > 0.5 ? -4 : 4, font: { size: 11, color: colour("text") } }],
+      annotations: [{ x: placeOf(lambda), yref: "paper", y: 0.98, text: `λ of the fit ${lambda.toFixed(3)}`, showarrow: false, xanchor: placeOf(lambda) > 0.5 ? "right" : "left", xshift: placeOf(lambda) > 0.5 ? -4 : 4, font: { size: 11, color: colour("text") } }],
     }),
     () => ({
       columns: [{ name: "Confidence" }, ...KINDS.map((kind) => ({ name: `${kind}, density` }))],
