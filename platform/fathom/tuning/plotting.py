@@ -26,7 +26,7 @@ def style() -> Iterator[None]:
     Raises:
         ImportError: without matplotlib.
     """
-    from cycler import cycler
+    from matplotlib.rcsetup import cycler
     from matplotlib import rc_context
 
     with rc_context(
