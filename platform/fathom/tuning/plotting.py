@@ -26,8 +26,8 @@ def style() -> Iterator[None]:
     Raises:
         ImportError: without matplotlib.
     """
-    from matplotlib.rcsetup import cycler
     from matplotlib import rc_context
+    from matplotlib.rcsetup import cycler
 
     with rc_context(
         {

@@ -65,7 +65,7 @@ def test_version(fathom: Fathom) -> None:
         ("generate --operating-point fast hi", "needs --operating-points FILE"),
         ("generate --operating-points none.yaml hi", "none.yaml: cannot read the"),
         ("exits", "fathom exits show"),
-        ("exits show --url localhost", "--url must be as http://127.0.0.1:8000"),
+        ("exits show --url localhost", "URL must be as http://127.0.0.1:8000"),
         ("dashboard --server localhost", "--server must be as http://127.0.0.1:8000"),
         ("dashboard --host 0.0.0.0", "set FATHOM_API_KEY, or bind to 127.0.0.1"),
         ("dashboard --port 99999", "choose another --host or --port"),
