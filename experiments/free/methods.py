@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
+from experiments.commands import fathom, record_trace
 from experiments.free.tasks import FreeTask, write_prompts
 from fathom.exits.risk import TooLittleData
 from fathom.tuning.operating_points import OperatingPoints, load
@@ -55,18 +54,15 @@ def record(own: FreeTask, folder: Path, threads: int) -> Path:
     """The trace of the requests that choose, at full depth; recorded if it is not there.
 
     Raises:
-        CalledProcessError: if ``fathom generate`` fails; it has said why.
+        SystemExit: if ``fathom generate`` fails; it has said why.
     """
     trace, prompts = folder / "trace.parquet", folder / "prompts.jsonl"
     if not trace.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_prompts(own, prompts)
-        # No confidence is above 1: every row is asked, and none leaves.
-        fathom(
-            "generate", "--prompts", prompts, "--json", folder / "answers.jsonl",
-            "--adapter", own.adapter, "--mode", "free", "--exit-threshold", 1,
-            "--new-tokens", own.new_tokens, "--max-num-seqs", 16, "--threads", threads,
-            "--trace", trace,
+        record_trace(
+            prompts, trace, "--adapter", own.adapter, "--new-tokens", own.new_tokens,
+            "--max-num-seqs", 16, "--threads", threads,
         )  # fmt: skip
     return trace
 
@@ -78,7 +74,7 @@ def calibrate(own: FreeTask, folder: Path, trace: Path, store: str) -> Methods:
         folder: of the task. store: MLflow's URI, for the study.
 
     Raises:
-        CalledProcessError: if a command fails; it has said why.
+        SystemExit: if a command fails; it has said why.
     """
     certified = folder / "certified.yaml"
     if not certified.exists():
@@ -141,17 +137,6 @@ def choose(certified: OperatingPoints, searched: OperatingPoints) -> Methods:
         )
         found.append(Method("budget", f"budget, {budget:g}", "budget", compute))
     return Methods(tuple(found), missing)
-
-
-def fathom(*arguments: object) -> None:
-    """Run a command of Fathom; what it prints is shown.
-
-    Raises:
-        CalledProcessError: if it fails.
-    """
-    words = [str(each) for each in arguments]
-    print("$ fathom " + " ".join(words), flush=True)
-    subprocess.run([sys.executable, "-m", "fathom.cli", *words], check=True)
 
 
 def _study(trace: Path) -> dict[str, object]:

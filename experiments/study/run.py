@@ -16,10 +16,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +26,7 @@ from typing import Any
 
 from openai import OpenAI
 
+from experiments.commands import fathom, record_trace, say
 from experiments.study.prompts import questions, write_prompts
 from fathom.commands.options import add_engine_options, engine_values
 from fathom.commands.servers import free_port, serving
@@ -47,17 +46,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _trace(work, args.prompts, args.new_tokens, engine)
     study = work / "study"
     _copy(args.study, work / "study.yaml")
-    _fathom("tune", work / "study.yaml", "--work-dir", study)
+    fathom("tune", work / "study.yaml", "--work-dir", study)
     store = f"sqlite:///{(study / 'mlflow.db').resolve()}"
     port = args.port or free_port()
     config = ServeConfig(
         engine=EngineConfig(**{**engine, "threads": 0}), port=port, mlflow=store, drain_s=1
     )
-    _say("serve", *_flags(engine, but="threads"), "--port", port, "--mlflow", store)
+    say("serve", *_flags(engine, but="threads"), "--port", port, "--mlflow", store)
     with serving(config) as url:
         promoted = work / "promoted.json"
         loss = ("--max-quality-loss", args.max_quality_loss)
-        _fathom("promote", study, *loss, "--server", url, "--json", promoted)
+        fathom("promote", study, *loss, "--server", url, "--json", promoted)
         point = json.loads(promoted.read_text())["point"]
         compute = _ask(url, config.engine.model, args.new_tokens)
         _tell(point, compute, url, store, time.perf_counter() - begin)
@@ -97,17 +96,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _trace(work: Path, count: int, new_tokens: int, engine: Mapping[str, Any]) -> None:
-    """Record the trace, unless it is there: no confidence is above 1, so that no row leaves."""
+    """Record the trace, unless it is there."""
     prompts, trace = work / "prompts.jsonl", work / "trace.parquet"
     if trace.exists():
         print(f"{trace}: is there already")
         return
     write_prompts(prompts, count)
     batch = {"max_num_seqs": 16, **engine}
-    _fathom(
-        "generate", "--prompts", prompts, "--json", work / "answers.jsonl", *_flags(batch),
-        "--mode", "free", "--exit-threshold", 1, "--new-tokens", new_tokens, "--trace", trace,
-    )  # fmt: skip
+    record_trace(prompts, trace, "--new-tokens", new_tokens, *_flags(batch))
 
 
 def _ask(url: str, model: str, new_tokens: int) -> dict[str, Any]:
@@ -150,23 +146,6 @@ def _flags(engine: Mapping[str, Any], but: str = "") -> list[object]:
         if name != but
         for each in (f"--{name.replace('_', '-')}", value)
     ]
-
-
-def _say(*words: object) -> None:
-    print("\n$ fathom " + shlex.join(str(each) for each in words), flush=True)
-
-
-def _fathom(*words: object) -> None:
-    """Run a command of Fathom.
-
-    Raises:
-        SystemExit: with its status if it fails; it has said why.
-    """
-    _say(*words)
-    command = [sys.executable, "-m", "fathom.cli", *(str(each) for each in words)]
-    status = subprocess.run(command, check=False).returncode
-    if status:
-        raise SystemExit(status)
 
 
 if __name__ == "__main__":

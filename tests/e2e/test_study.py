@@ -40,6 +40,9 @@ def test_a_study_ends_with_a_server_at_its_point(tiny_model: Path, tmp_path: Pat
         "--study", study, "--prompts", 12, "--new-tokens", 16, "--model", tiny_model,
         "--adapter", "none", "--exit-layer", 2, "--dtype", "float32", "--kv-cache-bytes", 4 << 20,
     )  # fmt: skip
+    # What an interrupted recording leaves.
+    work.mkdir()
+    (work / "answers.jsonl.partial").write_text("{}\n")
     result = run(work, *options)
     assert result.returncode == 0, result.stdout + result.stderr
     promoted = json.loads((work / "promoted.json").read_text())
