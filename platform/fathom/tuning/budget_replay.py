@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from fathom.compute import ComputePolicy, PolicyName
+from fathom.compute import AcceptMode, ComputePolicy, PolicyName
 from fathom.exits.aggregation import quantile_thresholds
 from fathom.exits.budget import exit_share
 from fathom.exits.live import LivePolicies, most_exits
@@ -52,29 +52,47 @@ def live_exits(
     *,
     first: float | None = None,
     max_stack: int = MAX_STACK,
+    mode: AcceptMode = AcceptMode.FREE,
 ) -> Bools:
     """Which rows leave under policy ``budget`` as an engine runs it; see ``live_rows``."""
-    exits, _ = live_rows(rows, measure, budget, first=first, max_stack=max_stack)
+    exits, _ = live_rows(rows, measure, budget, first=first, max_stack=max_stack, mode=mode)
     return exits
 
 
 def live_rows(
-    rows: TraceRows, measure: Measure, budget: float, *, first: float | None, max_stack: int
+    rows: TraceRows,
+    measure: Measure,
+    budget: float,
+    *,
+    first: float | None,
+    max_stack: int,
+    mode: AcceptMode = AcceptMode.FREE,
 ) -> tuple[Bools, Floats]:
     """Which rows leave under policy ``budget`` as an engine runs it, in the trace's order.
 
     ``LivePolicies`` decides and learns; a sequence's stack is bounded as in the engine, where its
     deep stage would answer after each row that stays.
 
+    In mode ``exact`` a draft that the full model disagrees with has not left after all, as far as
+    the budget goes, and so more rows are let go: those count here, right or wrong. The verdict is
+    taken to come at once; in the engine up to ``max_stack`` rows behind the draft are decided (and
+    thrown away) before it. Nor is the exit asked for a request's first token.
+
     Args:
         first: λ until the policy has seen enough. max_stack: most drafts of a stack.
+        mode: ``free`` or ``exact``.
 
     Returns:
-        [n] whether the row leaves; [n] λ that it met, NaN where a full stack left it no choice.
+        [n] whether the row leaves; [n] λ that it met, NaN where the exit was not asked.
     """
     compute = measure.policy(
-        policy=PolicyName.BUDGET, budget=budget, exit_threshold=first, max_stack=max_stack
+        mode=mode,
+        policy=PolicyName.BUDGET,
+        budget=budget,
+        exit_threshold=first,
+        max_stack=max_stack,
     )
+    holds = compute.holds_drafts
     policies = LivePolicies(rows.source.exit_cost)
     policies.check(compute)
     exits = np.zeros(len(rows), bool)
@@ -84,7 +102,7 @@ def live_rows(
     values = zip(rows.groups.tolist(), measure.of(rows).tolist(), rows.agrees.tolist(), strict=True)
     for row, (group, confidence, agrees) in enumerate(values):
         page = spent.setdefault(group, [0, 0, 0, 0])
-        if page[2] < max_stack:
+        if page[2] < max_stack and not (holds and page[1] == 0):
             threshold = policies.threshold_for(compute, page[0], page[1])
             thresholds[row] = compute.threshold if threshold is None else threshold
             leaves = confidence > thresholds[row]
@@ -92,9 +110,10 @@ def live_rows(
         else:
             leaves = False  # nor is the exit asked
         exits[row] = leaves
-        page[0] += leaves
+        stands = leaves and (agrees or not holds)
+        page[0] += stands
         page[1] += 1
-        page[2] = page[2] + 1 if leaves else 0
+        page[2] = page[2] + 1 if stands else 0
         page[3] += leaves and not agrees
         if page[1] == counts[group]:
             policies.completed(

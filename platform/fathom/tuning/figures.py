@@ -244,13 +244,20 @@ def _thresholds(traces: Traces, front: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _met(compute: ComputePolicy, rows: TraceRows) -> Floats:
-    """[n] λ of each row; NaN where a full stack left no choice."""
+    """[n] λ of each row; NaN where the exit was not asked."""
     measure = Measure(compute.confidence, compute.exit_temperature)
     if compute.policy is PolicyName.ADAPTIVE:
         return live_thresholds(measure, measure.of(rows), rows.agrees, Method.EM)[0]
     assert compute.budget is not None
-    first, stack = compute.exit_threshold, compute.max_stack
-    return live_rows(rows, measure, compute.budget, first=first, max_stack=stack)[1]
+    _, thresholds = live_rows(
+        rows,
+        measure,
+        compute.budget,
+        first=compute.exit_threshold,
+        max_stack=compute.max_stack,
+        mode=compute.mode,
+    )
+    return thresholds
 
 
 def _rolling(values: Floats) -> Floats:

@@ -114,20 +114,21 @@ def mean_figures(found: Sequence[Figures]) -> Figures:
 def _figures(setting: Mapping[str, Any], first: TraceRows, rows: TraceRows) -> Figures:
     source = rows.source
     compute = compute_of(setting, source.exit_cost)
+    # One request after the other, as it is predicted and run live: what policies learn of one, and
+    # carry on from it, the next one meets. Traces are recorded of many at once.
+    rows = rows.select(np.lexsort((rows.position, rows.groups)))
     leaves = _leaves(compute, first, rows)
     pauses = (
         setting.get("pause_drafting", True)
         and compute.mode is AcceptMode.EXACT
         and compute.policy in FREE_TO_PAUSE
     )
-    order = np.lexsort((rows.position, rows.groups))
-    groups = rows.groups[order]
-    agrees = rows.agrees[order].tolist()
+    agrees = rows.agrees.tolist()
     found = replay(
-        leaves[order].astype(float).tolist(),  # sure or not: λ was applied row by row
+        leaves.astype(float).tolist(),  # sure or not: λ was applied row by row
         agrees,
         agrees,  # of the modes that hold drafts, exact alone is here: it keeps what agrees
-        [*(np.flatnonzero(np.diff(groups)) + 1).tolist(), len(groups)],
+        [*(np.flatnonzero(np.diff(rows.groups)) + 1).tolist(), len(rows)],
         source.costs,
         compute.mode,
         0.5,
@@ -160,7 +161,14 @@ def _leaves(compute: ComputePolicy, first: TraceRows, rows: TraceRows) -> Bools:
     if compute.policy is PolicyName.BUDGET:
         assert compute.budget is not None
         start = first_threshold(first, measure, compute.budget)
-        return live_exits(rows, measure, compute.budget, first=start, max_stack=compute.max_stack)
+        return live_exits(
+            rows,
+            measure,
+            compute.budget,
+            first=start,
+            max_stack=compute.max_stack,
+            mode=compute.mode,
+        )
     confidence = measure.of(rows)
     if compute.policy is PolicyName.ADAPTIVE:
         thresholds, _ = live_thresholds(measure, confidence, rows.agrees, Method.EM)

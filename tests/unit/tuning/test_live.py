@@ -78,6 +78,15 @@ def test_exact_is_live_what_the_replay_says(part: LivePart, share: float, stack:
     assert 0.1 < replay.exit_rate < 1
 
 
+def test_budgets_in_exact_pay_for_drafts_that_do_not_stand(part: LivePart) -> None:
+    setting = {**SETTING, "policy": "budget", "budget": 0.85}
+    (run,) = run_setting(STUDY, setting, [part])
+    live = run.figures.exit_rate
+    replay = evaluate(setting, [part.pair])
+    assert live.low <= replay.exit_rate <= live.high
+    assert replay.exit_rate == pytest.approx(live.value, abs=0.06)
+
+
 @pytest.mark.parametrize("policy", ["threshold", "budget", "adaptive"])
 def test_free_is_within_its_interval_of_the_replay(part: LivePart, policy: str) -> None:
     setting = {**SETTING, "mode": "free", "policy": policy}
