@@ -29,6 +29,12 @@ DEV_STAMP := $(VENV)/.fathom-dev
 
 # Tests never ask the hub for anything, and small matrices gain nothing from many threads.
 TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0
+# Unit tests share nothing but the model's files; each worker takes whole files of tests.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
+UNIT_TESTS = $(TEST_ENV) $(BIN)/python -m pytest tests/unit -n $(WORKERS) --dist loadfile \
+	$(PYTEST_ARGS)
+# A choice of tests (PYTEST_ARGS) may have none in one part: pytest's exit code 5.
+OR_NONE = $(if $(PYTEST_ARGS),|| [ $$? -eq 5 ])
 
 .PHONY: help
 help:  ## Show this list
@@ -82,14 +88,15 @@ browser:
 
 .PHONY: test quick unit lint format
 test: lint model browser  ## Lint, types, then every test: unit, integration, end to end, browser
-	@$(TEST_ENV) $(BIN)/python -m pytest tests/unit tests/integration tests/e2e tests/browser \
-		$(PYTEST_ARGS)
+	@$(UNIT_TESTS) $(OR_NONE)
+	@$(TEST_ENV) $(BIN)/python -m pytest tests/integration tests/e2e tests/browser \
+		$(PYTEST_ARGS) $(OR_NONE)
 
 quick: $(DEV_STAMP) model  ## The unit tests that are not slow
-	@$(TEST_ENV) $(BIN)/python -m pytest tests/unit -m "not slow" $(PYTEST_ARGS)
+	@$(UNIT_TESTS) -m "not slow"
 
 unit: $(DEV_STAMP) model  ## The unit tests
-	@$(TEST_ENV) $(BIN)/python -m pytest tests/unit $(PYTEST_ARGS)
+	@$(UNIT_TESTS)
 
 lint: $(DEV_STAMP)  ## ruff (style, format) and mypy (types)
 	@$(BIN)/ruff check .
