@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 from fathom.config import EngineConfig
 from fathom.engine.acceptance import Acceptance
+from fathom.engine.completions import Completions
 from fathom.engine.costs import FlushRule, StageCosts
 from fathom.engine.deep import DeepLost, DeepStage, FlushResult
 from fathom.engine.drafting import DraftRule
 from fathom.engine.figures import figures, pressure
 from fathom.engine.flights import Answer, Flights
 from fathom.engine.info import EngineInfo
-from fathom.engine.output import confirm, take_output
+from fathom.engine.output import confirm
 from fathom.engine.requests import check_request, check_stack, new_sequences
 from fathom.engine.resume import resume
 from fathom.engine.scheduler import Scheduler, ShallowWork
@@ -79,9 +79,10 @@ class Engine:
         self._draft_rule = DraftRule(stage_costs) if pause_drafting else None
         self._keep_states = deep.may_be_lost or scheduler.shared is not None
         self._flights = Flights(deep, ledger, keep_states=self._keep_states)
-        self._live: dict[str, list[Sequence]] = {}
+        self._completions = Completions(
+            scheduler, lambda seq: tell_end(seq, self.policies, self.shadow)
+        )
         self._next_seq_id = 0
-        self._outputs: list[RequestOutput] = []
         self._acceptance = Acceptance(
             info=info,
             ledger=ledger,
@@ -154,7 +155,7 @@ class Engine:
         Raises:
             InvalidRequest: naming the field, its value and the remedy.
         """
-        if request.request_id in self._live:
+        if request.request_id in self._completions.families:
             raise InvalidRequest(
                 f"request_id {request.request_id!r} is in use by a live request.",
                 param="request_id",
@@ -172,11 +173,11 @@ class Engine:
         if self.shadow is not None:
             begin(self.shadow, family)
         self._next_seq_id += len(family)
-        self._live[request.request_id] = family
+        self._completions.families[request.request_id] = family
         self._scheduler.waiting.append(family[0])
         for seq in list(family):
             if seq.finish_reason is not None:  # the loss came before the news of its end
-                self._retire(seq)
+                self._completions.retire(seq)
 
     def cancel(self, request_id: str) -> bool:
         """End a request; its last outputs have ``finish_reason`` cancelled.
@@ -184,16 +185,14 @@ class Engine:
         Returns:
             whether there was such a request.
         """
-        family = self._live.get(request_id)
-        if family is None:
+        if request_id not in self._completions.families:
             return False
-        for seq in list(family):
-            self._end(seq, FinishReason.CANCELLED)
+        self._completions.end_request(request_id, FinishReason.CANCELLED)
         return True
 
     def has_work(self) -> bool:
         """Whether ``step`` has anything to do or to report."""
-        return bool(self._live or self._outputs)
+        return bool(self._completions)
 
     def step(self) -> list[RequestOutput]:
         """Schedule, draft, flush, accept: one shallow pass and at most one deep pass.
@@ -203,7 +202,7 @@ class Engine:
         Returns:
             what is new: tokens, text, ends.
         """
-        self._end_expired()
+        self._completions.end_expired()
         if self._load is not None:
             self._load.update(pressure(self._scheduler, self._deep))
         self._land_loads()
@@ -215,8 +214,7 @@ class Engine:
         if not work and not flushed:  # only an answer can move things on
             self._wait_for_answer()
         self._collect()
-        outputs, self._outputs = self._outputs, []
-        return outputs
+        return self._completions.take_outputs()
 
     def stats(self) -> dict[str, float]:
         """Figures of this moment and totals since the start; names as in the metrics."""
@@ -273,7 +271,7 @@ class Engine:
             # No decision waits for the deep stage, but the stack must not grow without end.
             if compute.copies_states and seq.num_drafts >= compute.max_stack:
                 seq.waiting = True
-            self._report(seq)
+            self._completions.report(seq)
 
     def _may_end(self, seq: Sequence, token: int) -> bool:
         length = len(seq.tokens) - seq.num_prompt
@@ -308,7 +306,7 @@ class Engine:
         shared = self._scheduler.shared
         for seq in shared.land(block=block) if shared is not None else ():
             if seq.finish_reason is not None:  # it was ended in the meantime
-                self._retire(seq)
+                self._completions.retire(seq)
 
     def _collect(self) -> None:
         """Take in the answers that are there, in order."""
@@ -317,13 +315,13 @@ class Engine:
             seq = answer.share.seq
             lost = lost or answer.lost
             if seq.finish_reason in (FinishReason.CANCELLED, FinishReason.DEADLINE):
-                self._retire(seq)
+                self._completions.retire(seq)
             elif answer.lost:
                 continue  # it is recomputed
             elif answer.error is not None:
-                self._end(seq, FinishReason.ERROR, answer.error)
+                self._completions.end(seq, FinishReason.ERROR, answer.error)
             elif not all(map(math.isfinite, answer.best)):
-                self._end(seq, FinishReason.ERROR, "the model's logits are not finite")
+                self._completions.end(seq, FinishReason.ERROR, "the model's logits are not finite")
             else:
                 self._take_in(answer)
         if lost:
@@ -341,16 +339,15 @@ class Engine:
         self._land_loads(block=True)
         for seq in reversed(list(self._scheduler.running)):
             if seq.finish_reason is not None:  # it only waited to be told of its last drafts
-                self._retire(seq)
+                self._completions.retire(seq)
             elif seq.states.start or (seq.scores is not None and not seq.scores.complete):
                 self._scheduler.preempt(seq)
         try:
             self._deep.reopen()
         except DeepLost as error:
-            for family in list(self._live.values()):
-                for seq in list(family):
-                    seq.retriable = True
-                    self._end(seq, FinishReason.ERROR, f"no deep stage is left: {error}")
+            for seq in self._completions.every():
+                seq.retriable = True
+                self._completions.end(seq, FinishReason.ERROR, f"no deep stage is left: {error}")
             return
         for seq in self._scheduler.running:
             self._scheduler.rebuild_deep(seq)
@@ -370,15 +367,17 @@ class Engine:
     def _accept(self, seq: Sequence, result: FlushResult) -> None:
         """Take in the answer to one sequence's decisions: a row each, finite."""
         if not seq.max_tokens:
-            self._end_scored(seq)
+            self._scheduler.publish(seq)
+            # Its prompt was to be scored and no more; the first of its family reports that.
+            self._completions.end_request(seq.request.request_id, FinishReason.LENGTH)
             return
         self._acceptance.take(seq, result)
         self._scheduler.publish(seq)
         self._fork_children(seq)
         if seq.finish_reason:
-            self._retire(seq)
+            self._completions.retire(seq)
         else:
-            self._report(seq)
+            self._completions.report(seq)
 
     def _fork_children(self, seq: Sequence) -> None:
         """Start the other completions of a request on the prompt blocks of the first."""
@@ -395,50 +394,3 @@ class Engine:
             child.shared_blocks = seq.shared_blocks
             if self._keep_states:
                 child.states = seq.states.fork(length)
-
-    # Ends
-
-    def _end_expired(self) -> None:
-        now = time.monotonic()
-        for family in list(self._live.values()):
-            for seq in list(family):
-                if seq.finish_reason is None and seq.expired(now):
-                    timeout = seq.request.timeout_s
-                    self._end(seq, FinishReason.DEADLINE, f"not done within {timeout} s")
-
-    def _end(self, seq: Sequence, reason: FinishReason, error: str | None = None) -> None:
-        """End a completion before its time."""
-        seq.finish_reason, seq.error = reason, error
-        if not seq.in_flight:  # else when its flush is back
-            self._retire(seq)
-
-    def _end_scored(self, seq: Sequence) -> None:
-        """End a request that wanted its prompt scored and no tokens."""
-        self._scheduler.publish(seq)
-        for member in list(self._live[seq.request.request_id]):  # the first reports the scores
-            self._end(member, FinishReason.LENGTH)
-
-    def _retire(self, seq: Sequence) -> None:
-        """Give back what a completion held and report its end."""
-        self._scheduler.waiting.extend(seq.children)  # on their own now
-        seq.children = []
-        if seq.parent is not None and seq in seq.parent.children:
-            seq.parent.children.remove(seq)
-        # What was cut short was never checked for non-finite values.
-        checked = seq.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
-        self._scheduler.remove(seq, scrub=not checked)
-        tell_end(seq, self.policies, self.shadow)
-        family = self._live[seq.request.request_id]
-        family.remove(seq)
-        if not family:
-            del self._live[seq.request.request_id]
-        if not seq.retriable:  # else the text goes on elsewhere, from what was shown
-            seq.text.end()
-        self._report(seq)
-
-    def _report(self, seq: Sequence) -> None:
-        family = self._live.get(seq.request.request_id, ())
-        ended = seq.finish_reason is not None and seq not in family
-        output = take_output(seq, ended=ended)
-        if output is not None:
-            self._outputs.append(output)

@@ -150,7 +150,7 @@ def test_a_batch_of_all_kinds(make_engine, peer, num_blocks, prefix_caching):
 def test_preempted_between_two_parts(make_engine, peer, mode):
     engine = make_engine(max_num_batched_tokens=9)
     engine.add_request(scored("a", PROMPT, ALWAYS[mode], max_tokens=3))
-    (seq,) = engine._live["a"]
+    (seq,) = engine._completions.families["a"]
     while seq.deep_len < 20:
         engine.step()
     assert 0 < seq.scores.num_rows < len(PROMPT) - 1

@@ -146,7 +146,7 @@ def test_off_nothing_is_noted(make_engine) -> None:
     engine = make_engine()
     (item,) = requests(settings(AcceptMode.FREE))[:1]
     engine.add_request(item)
-    assert engine._live[item.request_id][0].shadow is None
+    assert engine._completions.families[item.request_id][0].shadow is None
     engine.cancel(item.request_id)
 
 
