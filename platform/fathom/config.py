@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from fathom.engine.flush_rules import FlushWhen
 from fathom.exits.load import LoadConfig
 from fathom.exits.shadow import ShadowConfig
 from fathom.pools import (
@@ -35,6 +36,7 @@ __all__ = [
     "DataPlaneConfig",
     "DeepConfig",
     "EngineConfig",
+    "FlushWhen",
     "KVStoreConfig",
     "LoadConfig",
     "Placement",
@@ -80,6 +82,9 @@ class EngineConfig:
         pause_drafting: mode ``exact`` goes to full depth while drafting does not pay, by the
             stages' measured costs and the exits' rates. Tokens are the same; their depths depend
             on the load then.
+        flush_rule: when sequences that wait get the deep stage: ``rate`` (when that makes more
+            tokens a second than drafting on, at measured costs), ``full`` (when none can draft any
+            more), or ``eager`` (as soon as one waits).
         compute: the compute policy of requests that do not say.
     """
 
@@ -98,6 +103,7 @@ class EngineConfig:
     max_model_len: int = 0
     prefix_caching: bool = True
     pause_drafting: bool = True
+    flush_rule: FlushWhen = FlushWhen.RATE
     compute: ComputePolicy = field(default_factory=ComputePolicy)
 
     def validate(self) -> None:
@@ -108,6 +114,10 @@ class EngineConfig:
         """
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        if self.flush_rule not in list(FlushWhen):
+            raise ConfigError(
+                f"flush_rule must be one of {', '.join(FlushWhen)}, got {self.flush_rule!r}."
+            )
         for name, low in (
             ("threads", 0),
             ("exit_layer", 0),

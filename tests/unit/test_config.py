@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 
+from fathom.commands.options import add_engine_options, engine_values
 from fathom.config import (
     ConfigError,
     DeepConfig,
@@ -38,6 +41,7 @@ def test_a_yaml_file_becomes_nested_settings(tmp_path):
         ("engine: 3", "engine must be a mapping, got 3"),
         ("engine: {compute: {mode: best}}", "engine.compute.mode must be one of full"),
         ("engine: {threads: -1}", "threads must be an integer of at least 0, got -1"),
+        ("engine: {flush_rule: late}", "engine.flush_rule must be one of rate, full, eager, got"),
         ("engine: {dtype: int3}", "dtype must be one of float32"),
         ("engine: {compute: {exit_threshold: 2}}", "exit_threshold must be a number in"),
         ("port: 0", "port must be from 1 to 65535"),
@@ -63,6 +67,15 @@ def test_a_stack_must_fit_a_pass():
     with pytest.raises(ConfigError, match=r"must exceed compute.max_stack \(8\), got 8"):
         config.validate()
     from_mapping(EngineConfig, {"max_num_batched_tokens": 9}).validate()
+
+
+def test_options_of_an_engine_are_its_settings():
+    parser = argparse.ArgumentParser()
+    add_engine_options(parser)
+    assert engine_values(parser.parse_args([])) == {}
+    given = engine_values(parser.parse_args(["--no-pause-drafting", "--flush-rule", "eager"]))
+    assert given == {"pause_drafting": False, "flush_rule": "eager"}
+    EngineConfig(**given).validate()
 
 
 def test_pools_are_nested_settings(tmp_path):

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from fathom.config import DEFAULT_MODEL, DTYPES, EngineConfig
+from fathom.config import DEFAULT_MODEL, DTYPES, EngineConfig, FlushWhen
 from fathom.types import (
     AcceptMode,
     ComputePolicy,
@@ -77,6 +77,17 @@ def add_engine_options(parser: argparse.ArgumentParser, *, threads: bool = True)
     group.add_argument("--max-num-seqs", type=int, metavar="N", help="most sequences at once")
     group.add_argument("--max-model-len", type=int, metavar="N", help="longest prompt + answer")
     group.add_argument("--kv-cache-bytes", type=int, metavar="N", help="of both stages' KV pools")
+    group.add_argument(
+        "--pause-drafting",
+        action=argparse.BooleanOptionalAction,
+        help="mode exact goes to full depth while drafting does not pay (default: it does)",
+    )
+    group.add_argument(
+        "--flush-rule",
+        choices=[rule.value for rule in FlushWhen],
+        help="when those that wait get the deep stage: when that makes more tokens a second than "
+        "drafting on (rate, the default), when none can draft (full), or at once (eager)",
+    )
 
 
 def add_compute_options(parser: argparse.ArgumentParser, *, mode: bool = True) -> None:

@@ -155,6 +155,7 @@ def engine_over(
         ledger=ledger,
         stage_costs=costs,
         pause_drafting=config.pause_drafting,
+        flush_rule=config.flush_rule,
         tokenizer=tokenizer,
         new_detokenizer=partial(IncrementalDetokenizer, tokenizer) if tokenizer else None,
     )

@@ -1,4 +1,4 @@
-"""Measured costs of the stages, and the rule that follows from them: when to flush."""
+"""Measured costs of the stages, which the rules follow that say when to flush and to draft."""
 
 from __future__ import annotations
 
@@ -72,51 +72,3 @@ class StageCosts:
     shallow: CostCurve
     shallow_full: CostCurve
     deep: CostCurve
-
-
-class FlushRule:
-    """Flush now, or let the sequences that can still draft do so first?
-
-    Between two flushes the sequences that have not stopped yet draft, fewer at every step, while
-    the fixed part of the next deep pass is spread over more tokens. The marginal value theorem
-    (Charnov, 1976) gives the time to stop: draft on while the next step alone makes tokens at a
-    higher rate than the round so far would if it were flushed now. With N tokens made in T
-    seconds of shallow steps since the last flush, and ``a`` sequences still drafting:
-
-        draft on  iff  a / (t_s(a) + t_d(N + a) - t_d(N))  >  N / (T + t_d(N))
-
-    Sequences cannot starve: each drafts at most ``max_stack`` tokens before it waits as well, and
-    a flush is due when none drafts.
-    """
-
-    def __init__(self, costs: StageCosts) -> None:
-        self._costs = costs
-        self._tokens = 0
-        self._seconds = 0.0
-
-    def drafted(self, rows: int) -> None:
-        """Note a shallow step in which ``rows`` sequences decided a token."""
-        if rows:
-            self._tokens += rows
-            self._seconds += self._costs.shallow(rows)
-
-    def flushed(self) -> None:
-        """Note a flush: a new round begins."""
-        self._tokens = 0
-        self._seconds = 0.0
-
-    def flush_now(self, waiting: int, drafting: int) -> bool:
-        """Decide.
-
-        Args:
-            waiting: sequences that cannot go on without the deep stage.
-            drafting: sequences whose next shallow row decides a token.
-        """
-        if waiting == 0:
-            return False
-        if drafting == 0:
-            return True
-        deep, tokens = self._costs.deep, self._tokens
-        now = tokens / (self._seconds + deep(max(tokens, 1)))
-        step = self._costs.shallow(drafting) + deep(tokens + drafting) - deep(max(tokens, 1))
-        return drafting / step <= now

@@ -9,11 +9,12 @@ from typing import Any
 from fathom.config import EngineConfig
 from fathom.engine.acceptance import Acceptance
 from fathom.engine.completions import Completions
-from fathom.engine.costs import FlushRule, StageCosts
+from fathom.engine.costs import StageCosts
 from fathom.engine.deep import DeepLost, DeepStage, FlushResult
 from fathom.engine.drafting import DraftRule
 from fathom.engine.figures import figures, pressure
 from fathom.engine.flights import Answer, Flights
+from fathom.engine.flush_rules import FlushRule, FlushWhen
 from fathom.engine.info import EngineInfo
 from fathom.engine.output import confirm
 from fathom.engine.requests import check_request, check_stack, new_sequences
@@ -63,6 +64,7 @@ class Engine:
         policies: LivePolicies,
         stage_costs: StageCosts,
         pause_drafting: bool = True,
+        flush_rule: FlushWhen = FlushWhen.RATE,
         tokenizer: object | None = None,
         new_detokenizer: DetokenizerFactory | None = None,
     ) -> None:
@@ -75,7 +77,7 @@ class Engine:
         self._deep = deep
         self._scheduler = scheduler
         self._new_detokenizer = new_detokenizer
-        self._flush_rule = FlushRule(stage_costs)
+        self._flush_rule = FlushRule(stage_costs, flush_rule)
         self._draft_rule = DraftRule(stage_costs) if pause_drafting else None
         self._keep_states = deep.may_be_lost or scheduler.shared is not None
         self._flights = Flights(deep, ledger, keep_states=self._keep_states)
