@@ -20,7 +20,12 @@ from deployments.ingress import Ingress
 from deployments.replica import FusedReplica
 from deployments.router import ROUTER
 from deployments.shallow import ShallowReplica
-from fathom.api.auth import check_bind, digests_from_env
+from fathom.api.auth import (
+    check_bind,
+    check_operators,
+    digests_from_env,
+    operator_digests_from_env,
+)
 from fathom.api.compute import resolve_default
 from fathom.api.promotion import Promoted
 from fathom.config import (
@@ -52,7 +57,8 @@ INGRESS_CPUS = 0.1
 def build(config: ServeConfig | Mapping[str, Any]) -> Application:
     """Build the Serve application.
 
-    API keys are read from ``FATHOM_API_KEY`` in the process that calls this.
+    API keys are read from ``FATHOM_API_KEY``, operators' from ``FATHOM_OPERATOR_KEY``, in the
+    process that calls this.
 
     Args:
         config: settings, or the ``args`` mapping of a Serve config file, in ``ServeConfig``'s
@@ -63,7 +69,8 @@ def build(config: ServeConfig | Mapping[str, Any]) -> Application:
             without a key.
     """
     config = _settings(config)
-    digests = digests_from_env()
+    check_operators()
+    digests, operators = digests_from_env(), operator_digests_from_env()
     check_bind(config.host, digests)
     # Read here, once, and sent along: the file need not be on every node.
     points, point = _points_of(config)
@@ -97,12 +104,11 @@ def build(config: ServeConfig | Mapping[str, Any]) -> Application:
         user_config=AS_STARTED,
     )(serve.ingress()(Ingress))
     if not config.classifier:
-        return ingress.bind(engines, config, digests, None, points)
+        return ingress.bind(engines, config, digests, None, points, operators)
     pool = PoolConfig(cpus=CLASSIFIER_CPUS)
     classifier = _deployment(ClassifierReplica, CLASSIFIER, config, pool, ByRequests)
-    return ingress.bind(
-        engines, config, digests, classifier.bind(config.classifier, CLASSIFIER_CPUS), points
-    )
+    classifying = classifier.bind(config.classifier, CLASSIFIER_CPUS)
+    return ingress.bind(engines, config, digests, classifying, points, operators)
 
 
 def run(config: ServeConfig, *, blocking: bool = True) -> Server:

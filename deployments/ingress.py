@@ -44,6 +44,7 @@ class Ingress:
         key_digests: of the API keys; a key itself never reaches Ray.
         classifier: handle of its replicas, if one is served.
         points: the operating points that requests can name, if there are any.
+        operator_digests: of the operators' keys; with any, they alone may promote.
 
     Raises:
         ModelError: if the tokenizer cannot be loaded.
@@ -56,6 +57,7 @@ class Ingress:
         key_digests: Sequence[bytes],
         classifier: DeploymentHandle | None = None,
         points: OperatingPoints | None = None,
+        operator_digests: Sequence[bytes] = (),
     ) -> None:
         self._siblings = None
         if config.num_ingress_replicas > 1:
@@ -94,6 +96,7 @@ class Ingress:
             self._shadow = ShadowDesk(application, config, self._expected)
             self._service.shadow = self._shadow.state
         self._key_digests = tuple(key_digests)
+        self._operator_digests = tuple(operator_digests)
         self._max_body_bytes = config.max_body_bytes
         self._mlflow = config.mlflow
 
@@ -102,6 +105,7 @@ class Ingress:
         return create_app(
             self._service,
             key_digests=self._key_digests,
+            operator_digests=self._operator_digests,
             max_body_bytes=self._max_body_bytes,
             echo_request_id=False,  # Serve's proxy does
             all_metrics=self._all_metrics if self._siblings else None,

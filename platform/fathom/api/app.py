@@ -38,6 +38,7 @@ def create_app(
     service: Service,
     *,
     key_digests: Sequence[bytes],
+    operator_digests: Sequence[bytes] = (),
     max_body_bytes: int,
     echo_request_id: bool = True,
     all_metrics: AllMetrics | None = None,
@@ -51,6 +52,7 @@ def create_app(
     Args:
         key_digests: of the API keys (``auth.digests_from_env``); without any, only clients on
             this machine are served.
+        operator_digests: of the operators' keys among them; with any, they alone may promote.
         max_body_bytes: largest request body.
         echo_request_id: put ``X-Request-Id`` on answers; not behind a proxy that does.
         all_metrics: where there are other ingresses than this one.
@@ -68,7 +70,7 @@ def create_app(
     install_error_handlers(app)
     # The last one added runs first: no body is read before the key is known.
     app.add_middleware(BodyLimitMiddleware, limit=max_body_bytes)
-    app.add_middleware(KeyMiddleware, digests=key_digests)
+    app.add_middleware(KeyMiddleware, digests=key_digests, operators=operator_digests)
     app.add_middleware(RequestIdMiddleware, echo=echo_request_id)
     _add_completion_routes(app, service)
     if classifier is not None:
@@ -78,7 +80,14 @@ def create_app(
     add_point_routes(app, service, takeover)
     _add_operator_routes(app, service, all_metrics)
     own = OwnServer(service, takeover) if takeover else None
-    add_dashboard_routes(app, digests=key_digests, mlflow=mlflow, links=links, server=own)
+    add_dashboard_routes(
+        app,
+        digests=key_digests,
+        operators=operator_digests,
+        mlflow=mlflow,
+        links=links,
+        server=own,
+    )
     return app
 
 

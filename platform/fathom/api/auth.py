@@ -1,4 +1,7 @@
-"""Who may talk to the server: API keys, and which addresses a server without keys may bind."""
+"""Who may talk to the server: API keys, and which addresses a server without keys may bind.
+
+Some keys may be operators': where there are any, they alone change what the server serves.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,18 @@ from starlette.requests import HTTPConnection
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fathom.api.errors import missing_or_wrong_key
+from fathom.api.errors import missing_or_wrong_key, operators_only
 from fathom.api.sessions import is_own_page, owner_of_session, session_of
 from fathom.config import ConfigError
 
 KEY_VARIABLE = "FATHOM_API_KEY"
+OPERATOR_VARIABLE = "FATHOM_OPERATOR_KEY"
 OPEN_PATHS = frozenset({"/health"})
 DASHBOARD, LOGIN, ASSETS = "/dashboard", "/dashboard/login", "/dashboard/assets/"
+OPERATED = ("/v1/operating_points", "/dashboard/data")
+"""Paths, with all below them, where whatever is no mere question is for operators."""
 _OWNER = "fathom_owner"
+_QUESTIONS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 def digest(key: str) -> bytes:
@@ -28,9 +35,43 @@ def digest(key: str) -> bytes:
 
 
 def digests_from_env(env: Mapping[str, str] | None = None) -> tuple[bytes, ...]:
-    """The digests of the keys in ``FATHOM_API_KEY`` (separated by commas), empty without any."""
-    value = (os.environ if env is None else env).get(KEY_VARIABLE, "")
+    """The digests of all keys: those in ``FATHOM_API_KEY`` and ``FATHOM_OPERATOR_KEY``.
+
+    Several keys of a variable are separated by commas. Empty without any.
+    """
+    return _digests(KEY_VARIABLE, env) + operator_digests_from_env(env)
+
+
+def operator_digests_from_env(env: Mapping[str, str] | None = None) -> tuple[bytes, ...]:
+    """The digests of the keys in ``FATHOM_OPERATOR_KEY``, empty without any."""
+    return _digests(OPERATOR_VARIABLE, env)
+
+
+def _digests(variable: str, env: Mapping[str, str] | None) -> tuple[bytes, ...]:
+    value = (os.environ if env is None else env).get(variable, "")
     return tuple(digest(key.strip()) for key in value.split(",") if key.strip())
+
+
+def check_operators(env: Mapping[str, str] | None = None) -> None:
+    """Refuse operators' keys alone: every client would need one, and so be an operator.
+
+    Raises:
+        ConfigError: if there are operators' keys and no others.
+    """
+    if operator_digests_from_env(env) and not _digests(KEY_VARIABLE, env):
+        raise ConfigError(
+            f"{OPERATOR_VARIABLE} is set and {KEY_VARIABLE} is not, so every client would need an "
+            f"operator's key: set {KEY_VARIABLE} for clients, or unset {OPERATOR_VARIABLE}."
+        )
+
+
+def may_operate(scope: Scope, operators: Sequence[bytes]) -> bool:
+    """Whether a request that ``KeyMiddleware`` let in may change what the server serves.
+
+    Args:
+        operators: digests of the operators' keys; without any, everybody may.
+    """
+    return not operators or owner_of(scope) in operators
 
 
 def is_allowed(key: str, digests: Sequence[bytes]) -> bool:
@@ -79,11 +120,18 @@ class KeyMiddleware:
 
     A server without keys serves clients on this machine only, however it was bound: a Serve
     config file sets the address apart from the application, so ``check_bind`` may not see it.
+
+    Args:
+        digests: of all keys. operators: of those that are operators' (``OPERATED``); without any,
+            all are.
     """
 
-    def __init__(self, app: ASGIApp, digests: Sequence[bytes]) -> None:
+    def __init__(
+        self, app: ASGIApp, digests: Sequence[bytes], operators: Sequence[bytes] = ()
+    ) -> None:
         self._app = app
         self._digests = tuple(digests)
+        self._operators = tuple(operators)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] in ("http", "websocket") and not self._is_open(_path(scope)):
@@ -95,6 +143,9 @@ class KeyMiddleware:
                     await answer(scope, receive, send)
                     return
                 await missing_or_wrong_key(refusal).response()(scope, receive, send)
+                return
+            if is_operation(scope) and not may_operate(scope, self._operators):
+                await operators_only(OPERATOR_VARIABLE).response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -134,6 +185,14 @@ def _path(scope: Scope) -> str:
     """The path of a request within the application, wherever that is mounted."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", ""))
+
+
+def is_operation(scope: Scope) -> bool:
+    """Whether a request is to change what the server serves."""
+    if scope["type"] != "http" or scope["method"] in _QUESTIONS:
+        return False
+    path = _path(scope)
+    return any(path == own or path.startswith(f"{own}/") for own in OPERATED)
 
 
 def _is_visit(scope: Scope) -> bool:

@@ -90,6 +90,17 @@ def missing_or_wrong_key(message: str) -> ApiError:
     )
 
 
+def operators_only(variable: str) -> ApiError:
+    """403 for an API key that is no operator's, where operators have keys of their own."""
+    return ApiError(
+        403,
+        "This API key may not change operating points: that takes an operator's key, one of "
+        f"{variable} where the server was started.",
+        kind="permission_error",
+        code="operator_key_required",
+    )
+
+
 def body_too_large(limit: int) -> ApiError:
     """413 for a body of more than ``limit`` bytes."""
     return ApiError(

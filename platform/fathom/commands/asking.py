@@ -12,7 +12,7 @@ from typing import Any
 from fathom.commands.options import UsageError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-KEY_VARIABLE = "FATHOM_API_KEY"
+KEY_VARIABLE, OPERATOR_VARIABLE = "FATHOM_API_KEY", "FATHOM_OPERATOR_KEY"
 _TIMEOUT_S = 90
 """Longer than a server takes to tell all its replicas of something (``deployments.takeover``)."""
 
@@ -38,7 +38,7 @@ def ask(
     """
     address = check_url(url)
     kind = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
-    key = os.environ.get(key_variable, "").split(",")[0].strip()
+    key = first_key(key_variable)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     data = None
     if body is not None:
@@ -58,6 +58,11 @@ def ask(
         hint = f"; {key_variable} must hold its key" if answer.status == 401 else ""
         raise RuntimeError(f"the server at {url} answers {answer.status}{hint}: {_words(text)}")
     return json.loads(text)
+
+
+def first_key(variable: str) -> str:
+    """The first of the keys in a variable of the environment, which commas separate; or empty."""
+    return os.environ.get(variable, "").split(",")[0].strip()
 
 
 def check_url(url: str) -> urllib.parse.SplitResult:

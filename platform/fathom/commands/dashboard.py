@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import socket
 import sys
 import threading
 import urllib.parse
 from typing import Any
 
-from fathom.commands.asking import DEFAULT_URL
+from fathom.commands.asking import DEFAULT_URL, KEY_VARIABLE, OPERATOR_VARIABLE, first_key
 from fathom.commands.options import UsageError, add_command
 
 _LINK_S = 300.0
@@ -23,8 +22,9 @@ _EXAMPLES = """\
   fathom dashboard --mlflow sqlite:///tune-study/mlflow.db    studies from here; needs no server
 
 A server shows the same pages by itself, at /dashboard. This command is for one that cannot be
-reached by a browser, and for studies that are here. It does with the server what its key allows,
-so it asks for that key too; the address that it prints begins a session, for 5 minutes.
+reached by a browser, and for studies that are here. It does with the server what the keys of
+FATHOM_API_KEY allow, and promotes by one of FATHOM_OPERATOR_KEY where the server has operators; so
+it asks for those keys too. The address that it prints begins a session, for 5 minutes.
 """
 
 
@@ -51,21 +51,26 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--server must be as {DEFAULT_URL}, got {args.server!r}.")
     import uvicorn
 
-    from fathom.api.auth import KEY_VARIABLE, check_bind, digests_from_env
+    from fathom.api.auth import check_bind, digests_from_env, operator_digests_from_env
     from fathom.api.sessions import LINK, issue
     from fathom.dashboard.proxy import Upstream, create_proxy
 
-    digests = digests_from_env()
+    digests, operators = digests_from_env(), operator_digests_from_env()
     check_bind(args.host, digests)
     listening = _bind(args.host, args.port)
-    key = os.environ.get(KEY_VARIABLE, "").split(",")[0].strip()
+    operator_key = first_key(OPERATOR_VARIABLE)
     app = create_proxy(
-        Upstream(args.server, key), host=args.host, digests=digests, mlflow=args.mlflow
+        Upstream(args.server, first_key(KEY_VARIABLE) or operator_key, operator_key),
+        host=args.host,
+        digests=digests,
+        operators=operators,
+        mlflow=args.mlflow,
     )
     shown = f"[{args.host}]" if ":" in args.host else args.host
     url = f"http://{shown}:{listening.getsockname()[1]}/dashboard"
     if digests:
-        url += f"/login?link={issue(digests[0], kind=LINK, lifetime_s=_LINK_S)}"
+        owner = (operators or digests)[0]  # whoever reads this has all the keys
+        url += f"/login?link={issue(owner, kind=LINK, lifetime_s=_LINK_S)}"
     print(f"dashboard of {args.server}: {url} (Ctrl-C stops)", file=sys.stderr, flush=True)
     if args.open:
         import webbrowser

@@ -8,7 +8,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fathom.commands.asking import DEFAULT_URL, KEY_VARIABLE, ask, check_url
+from fathom.commands.asking import (
+    DEFAULT_URL,
+    KEY_VARIABLE,
+    OPERATOR_VARIABLE,
+    ask,
+    check_url,
+    first_key,
+)
 from fathom.commands.options import UsageError, add_command
 from fathom.commands.reports import check_output, write_json
 
@@ -26,6 +33,7 @@ _PROMOTE = """\
 
 STUDY is the name of a study of `fathom tune`, its work folder, or the id of its MLflow run.
 A running server takes the point over without a restart; requests under way end as they began.
+Where a server has operators' keys (FATHOM_OPERATOR_KEY), it takes one of those and no other.
 """
 
 _ROLLBACK = """\
@@ -70,8 +78,9 @@ def add_parser(commands: Any) -> None:
             "--server", metavar="URL", help=f"have this server take it over, as {DEFAULT_URL}"
         )
         parser.add_argument(
-            "--api-key-env", default=KEY_VARIABLE, metavar="VARIABLE",
-            help=f"environment variable with the server's API key (default: {KEY_VARIABLE})",
+            "--api-key-env", metavar="VARIABLE",
+            help="environment variable with the server's API key (default: "
+            f"{OPERATOR_VARIABLE} if that is set, else {KEY_VARIABLE})",
         )  # fmt: skip
         parser.add_argument("--dry-run", action="store_true", help="say what would be done")
         parser.add_argument("--json", type=Path, metavar="OUT", help="write what was done here")
@@ -199,7 +208,10 @@ def _take(
         RuntimeError: if it does not answer or refuses, with what that leaves.
     """
     try:
-        answer = ask(args.server, route, body, post=post, key_variable=args.api_key_env)
+        named = args.api_key_env or (
+            OPERATOR_VARIABLE if first_key(OPERATOR_VARIABLE) else KEY_VARIABLE
+        )
+        answer = ask(args.server, route, body, post=post, key_variable=named)
     except RuntimeError as error:
         aliases = registry.aliases(name)
         left = ", ".join(f"{a} is version {n}" for a, n in sorted(aliases.items()))

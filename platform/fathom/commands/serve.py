@@ -44,6 +44,7 @@ _EXAMPLES = """\
 With RAY_ADDRESS set, the server runs on that cluster; otherwise on this machine.
 --mode, --exit-threshold and the other depth options are what requests get that do not say.
 Without FATHOM_API_KEY (several keys: separated by commas) only loopback addresses are served.
+With FATHOM_OPERATOR_KEY (one or several as well) only those keys may promote and roll back.
 """
 
 

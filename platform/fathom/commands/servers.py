@@ -66,7 +66,7 @@ def serving(config: ServeConfig) -> Iterator[str]:
         RuntimeError: if it does not come up, with its last words.
     """
     # A cluster that the caller's environment names would take both; keys are for others' servers.
-    hidden = ("RAY_ADDRESS", "FATHOM_API_KEY")
+    hidden = ("RAY_ADDRESS", "FATHOM_API_KEY", "FATHOM_OPERATOR_KEY")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     with tempfile.TemporaryDirectory(prefix="fathom-bench-") as folder:
         settings, words = Path(folder, "config.yaml"), Path(folder, "words")

@@ -18,7 +18,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from fathom import __version__
-from fathom.api.auth import KeyMiddleware, is_loopback
+from fathom.api.auth import KeyMiddleware, is_loopback, is_operation, may_operate
 from fathom.api.errors import ApiError, install_error_handlers
 from fathom.dashboard.routes import ROLLBACK, SITE, STUDIES, add_dashboard_routes
 
@@ -37,11 +37,13 @@ class Upstream:
 
     Args:
         url: without a path. key: its API key; empty for none.
+        operator_key: for what only operators may do; empty takes ``key``.
     """
 
-    def __init__(self, url: str, key: str) -> None:
+    def __init__(self, url: str, key: str, operator_key: str = "") -> None:
         self.url = url.rstrip("/")
         self._key = key
+        self._operator_key = operator_key
         self._client: httpx.AsyncClient | None = None
 
     @asynccontextmanager
@@ -49,9 +51,8 @@ class Upstream:
         """Hold connections while the application runs."""
         # An answer may take as long as a request does; no proxy of the environment is between.
         timeout = httpx.Timeout(None, connect=_CONNECT_S)
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         async with httpx.AsyncClient(
-            base_url=self.url, headers=headers, timeout=timeout, trust_env=False
+            base_url=self.url, headers=_bearer(self._key), timeout=timeout, trust_env=False
         ) as self._client:
             yield
 
@@ -64,7 +65,11 @@ class Upstream:
         answer = await self._send(
             request.method,
             request.url.path + (f"?{request.url.query}" if request.url.query else ""),
-            headers={k: v for k, v in request.headers.items() if k in _ASKED},
+            headers={
+                **{k: v for k, v in request.headers.items() if k in _ASKED},
+                # Nothing else gets this key, whatever its path may come to mean there.
+                **(_bearer(self._operator_key) if is_operation(request.scope) else {}),
+            },
             content=await request.body(),
         )
         kept = {k: v for k, v in answer.headers.items() if k in _ANSWERED}
@@ -89,7 +94,7 @@ class Upstream:
         Raises:
             ApiError: if the server does not answer or refuses, with its words.
         """
-        answer = await self._send(method, path, json=body)
+        answer = await self._send(method, path, json=body, headers=_bearer(self._operator_key))
         try:
             await answer.aread()
             found = answer.json()
@@ -134,6 +139,7 @@ def create_proxy(
     *,
     host: str,
     digests: Sequence[bytes],
+    operators: Sequence[bytes] = (),
     mlflow: str = "",
 ) -> FastAPI:
     """Build the application.
@@ -142,6 +148,7 @@ def create_proxy(
         host: address that it binds.
         digests: of the keys that open it: those of the server, for it can do what they can. Without
             any, only clients on this machine are served.
+        operators: digests of the operators' keys among them, if the server has such.
         mlflow: tracking server that studies are read from; empty has the server read them.
     """
 
@@ -160,28 +167,35 @@ def create_proxy(
         openapi_url=None,
     )
     install_error_handlers(app)
-    app.add_middleware(KeyMiddleware, digests=digests)
+    app.add_middleware(KeyMiddleware, digests=digests, operators=operators)
     if is_loopback(host):
         # A name that leads here from elsewhere is somebody's trick (DNS rebinding).
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*_LOOPBACK, host])
     passed = _PASSED if mlflow else (*_PASSED, *_STUDIES)
     if not mlflow:
-        _add_site(app, upstream, can_log_out=bool(digests))
+        _add_site(app, upstream, operators, can_log_out=bool(digests))
     for path in passed:
         app.add_api_route(path, upstream.forward, methods=_METHODS, response_model=None)
-    add_dashboard_routes(app, digests=digests, mlflow=mlflow, server=upstream)
+    add_dashboard_routes(app, digests=digests, operators=operators, mlflow=mlflow, server=upstream)
     return app
 
 
-def _add_site(app: FastAPI, upstream: Upstream, *, can_log_out: bool) -> None:
+def _add_site(
+    app: FastAPI, upstream: Upstream, operators: Sequence[bytes], *, can_log_out: bool
+) -> None:
     @app.get(SITE, response_model=None)
-    async def site() -> dict[str, Any]:
+    async def site(request: Request) -> dict[str, Any]:
         """What the server says of itself, if it does, and this login."""
         try:
             found = await upstream.call("GET", SITE)
         except ApiError:
             found = {"version": __version__, "links": {}}
-        return {**found, "can_log_out": can_log_out}
+        may = found.get("can_promote", True) and may_operate(request.scope, operators)
+        return {**found, "can_log_out": can_log_out, "can_promote": may}
+
+
+def _bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 class _Relay(StreamingResponse):

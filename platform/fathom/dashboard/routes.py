@@ -15,7 +15,7 @@ from starlette.responses import RedirectResponse, Response
 
 from fathom import __version__
 from fathom.api import sessions
-from fathom.api.auth import ASSETS, DASHBOARD, LOGIN, digest, is_allowed
+from fathom.api.auth import ASSETS, DASHBOARD, LOGIN, digest, is_allowed, may_operate
 from fathom.api.errors import ApiError
 from fathom.dashboard import control
 from fathom.dashboard.assets import HEADERS, asset, send
@@ -45,6 +45,7 @@ def add_dashboard_routes(
     app: FastAPI,
     *,
     digests: Sequence[bytes],
+    operators: Sequence[bytes] = (),
     mlflow: str = "",
     links: Mapping[str, str] | None = None,
     server: Server | None = None,
@@ -53,6 +54,7 @@ def add_dashboard_routes(
 
     Args:
         digests: of the API keys, as the middleware has them; without any there is no login.
+        operators: digests of those that may promote; without any, all may.
         mlflow: tracking server that studies are read from; empty for none.
         links: other pages by their names, as the Ray dashboard.
         server: what points are promoted on, if they can be.
@@ -61,7 +63,7 @@ def add_dashboard_routes(
     _add_login(app, tuple(digests))
     page = mlflow.rstrip("/") if urlsplit(mlflow).scheme in ("http", "https") else ""
     known = {**({"MLflow": page} if page else {}), **(links or {})}
-    _add_site(app, known, can_log_out=bool(digests))
+    _add_site(app, known, tuple(operators), can_log_out=bool(digests))
     _add_studies(app, mlflow, page)
     if mlflow and server is not None:
         _add_control(app, mlflow, server)
@@ -118,10 +120,17 @@ def _add_login(app: FastAPI, digests: tuple[bytes, ...]) -> None:
         return answer
 
 
-def _add_site(app: FastAPI, links: dict[str, str], *, can_log_out: bool) -> None:
+def _add_site(
+    app: FastAPI, links: dict[str, str], operators: tuple[bytes, ...], *, can_log_out: bool
+) -> None:
     @app.get(SITE, response_model=None, include_in_schema=False)
-    async def site() -> dict[str, Any]:
-        return {"version": __version__, "links": links, "can_log_out": can_log_out}
+    async def site(request: Request) -> dict[str, Any]:
+        return {
+            "version": __version__,
+            "links": links,
+            "can_log_out": can_log_out,
+            "can_promote": may_operate(request.scope, operators),
+        }
 
 
 def _add_studies(app: FastAPI, mlflow: str, page: str) -> None:

@@ -1,11 +1,23 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from starlette.testclient import TestClient
 
 from fathom.api.app import create_app
-from fathom.api.auth import check_bind, digest, digests_from_env, is_allowed, is_loopback
+from fathom.api.auth import (
+    check_bind,
+    check_operators,
+    digest,
+    digests_from_env,
+    is_allowed,
+    is_loopback,
+    operator_digests_from_env,
+)
+from fathom.api.promotion import Promotion
 from fathom.api.service import Service
+from fathom.api.sessions import COOKIE, issue
 from fathom.config import ConfigError
 
 ROUTES = [
@@ -80,3 +92,81 @@ def test_other_hosts_need_a_key(host: str) -> None:
     with pytest.raises(ConfigError, match="set FATHOM_API_KEY, or bind to"):
         check_bind(host, ())
     check_bind(host, (digest("key"),))
+
+
+def test_operators_keys_are_keys_and_not_the_only_ones() -> None:
+    both = {"FATHOM_API_KEY": "one", "FATHOM_OPERATOR_KEY": "op, op2"}
+    assert operator_digests_from_env(both) == (digest("op"), digest("op2"))
+    assert digests_from_env(both) == (digest("one"), digest("op"), digest("op2"))
+    for env in ({}, both, {"FATHOM_API_KEY": "one"}):
+        check_operators(env)
+    with pytest.raises(ConfigError, match="set FATHOM_API_KEY for clients, or unset"):
+        check_operators({"FATHOM_OPERATOR_KEY": "op", "FATHOM_API_KEY": " , "})
+
+
+class Told:
+    """Counts what would reach the server."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    async def promote(self, promotion: Promotion) -> None:
+        self.calls += 1
+
+    async def rollback(self) -> None:
+        self.calls += 1
+
+
+CHANGES = [
+    ("/v1/operating_points", {"points": {}}),
+    ("/v1/operating_points/rollback", None),
+    ("/dashboard/data/rollback", None),
+    ("/dashboard/data/studies/r1/promote", {"point": "p"}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), CHANGES)
+@pytest.mark.parametrize("root", ["", "/mounted"])
+def test_where_there_are_operators_they_alone_change_points(
+    service: Service, path: str, body: object, root: str, tmp_path: Path
+) -> None:
+    told = Told()
+    app = create_app(
+        service,
+        key_digests=[digest("client"), digest("op")],
+        operator_digests=[digest("op")],
+        max_body_bytes=1000,
+        takeover=told,
+        mlflow=f"sqlite:///{tmp_path}/none.db",
+    )
+    client = TestClient(app, root_path=root, raise_server_exceptions=False)
+    by_key = {"authorization": "Bearer client"}
+    by_cookie = {
+        "cookie": f"{COOKIE}={issue(digest('client'))}", "sec-fetch-site": "same-origin"
+    }  # fmt: skip
+    for headers in (by_key, by_cookie):
+        answer = client.post(root + path, json=body, headers=headers)
+        assert answer.status_code == 403
+        error = answer.json()["error"]
+        assert error["code"] == "operator_key_required"
+        assert "one of FATHOM_OPERATOR_KEY where the server was started" in error["message"]
+        assert client.get(f"{root}/v1/operating_points", headers=headers).status_code == 200
+        site = client.get(f"{root}/dashboard/data/site", headers=headers).json()
+        assert site["can_promote"] is False
+    assert not told.calls
+    headers = {"authorization": "Bearer op"}
+    assert client.post(root + path, json=body, headers=headers).status_code != 403
+    site = client.get(f"{root}/dashboard/data/site", headers=headers).json()
+    assert site["can_promote"] is True
+    assert client.get(f"{root}/v1/models", headers=headers).status_code == 200
+
+
+def test_without_operators_every_key_changes_points(service: Service) -> None:
+    told = Told()
+    app = create_app(
+        service, key_digests=[digest("client")], max_body_bytes=1000, takeover=told
+    )  # fmt: skip
+    client = TestClient(app, headers={"authorization": "Bearer client"})
+    assert client.get("/dashboard/data/site").json()["can_promote"] is True
+    assert client.post("/v1/operating_points/rollback").status_code == 200
+    assert told.calls == 1

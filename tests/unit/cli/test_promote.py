@@ -32,7 +32,7 @@ from tests.tiny_models import tiny_model
 
 __all__ = ["tiny_model"]
 
-KEY = "promote-key"
+KEY, OPERATOR = "promote-key", "operator-key"
 
 
 class OneProcess:
@@ -64,8 +64,9 @@ def engine(tiny_model: Path) -> AsyncEngine:
 
 
 @pytest.fixture
-def url(engine: AsyncEngine, tiny_model: Path) -> Iterator[str]:
-    """A server with an API key on loopback."""
+def url(request: pytest.FixtureRequest, engine: AsyncEngine, tiny_model: Path) -> Iterator[str]:
+    """A server with an API key on loopback; with an operator's too where a test asks for it."""
+    operators = [digest(key) for key in getattr(request, "param", ())]
     service = Service(
         backend=LocalBackend(engine, interval_s=0.0),
         tokenizer=load_tokenizer(tiny_model),
@@ -73,8 +74,8 @@ def url(engine: AsyncEngine, tiny_model: Path) -> Iterator[str]:
         defaults=Defaults(compute=ComputePolicy(), timeout_s=60),
     )
     app = create_app(
-        service, key_digests=[digest(KEY)], max_body_bytes=8 << 20,
-        takeover=OneProcess(service, engine),
+        service, key_digests=[digest(KEY), *operators], operator_digests=operators,
+        max_body_bytes=8 << 20, takeover=OneProcess(service, engine),
     )  # fmt: skip
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
@@ -160,6 +161,26 @@ def test_a_server_takes_over_what_is_promoted(
         report = json.loads(Path("back.json").read_text())
         assert (report["serving"]["default"], report["aliases"]) == (default, aliases)
         assert report["serving"]["source"] == report["uri"]
+
+
+@pytest.mark.parametrize("url", [[OPERATOR]], indirect=True)
+def test_a_server_with_operators_takes_their_keys_alone(
+    url: str,
+    points: OperatingPoints,
+    empty: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    study("small", points, empty)
+    promote = ["promote", "small", "--point", "draft", "--server", url]
+    assert main(promote) == 1
+    words = said(capsys)
+    assert "answers 403: This API key may not change operating points" in words
+    assert "one of FATHOM_OPERATOR_KEY where the server was started" in words
+    monkeypatch.setenv("FATHOM_OPERATOR_KEY", f"{OPERATOR}, another")
+    assert main(promote) == 0
+    assert main(["rollback", "small", "--server", url]) == 0
+    assert main([*promote, "--api-key-env", "FATHOM_API_KEY"]) == 1
 
 
 def out_of_order(*_: object, **__: object) -> None:

@@ -19,13 +19,26 @@ from fathom.api.auth import KeyMiddleware, digest
 from fathom.api.sessions import LINK, issue
 from fathom.dashboard.proxy import Upstream, create_proxy
 
-KEY = "secret"
+KEY, OPERATOR = "secret", "operator"
 
 
 class Asked:
     def __init__(self) -> None:
         self.app = FastAPI()
-        self.app.add_middleware(KeyMiddleware, digests=[digest(KEY)])
+        self.app.add_middleware(
+            KeyMiddleware, digests=[digest(KEY), digest(OPERATOR)], operators=[digest(OPERATOR)]
+        )
+        self.promoted = 0
+
+        @self.app.post("/v1/operating_points")
+        async def promote() -> dict[str, bool]:
+            self.promoted += 1
+            return {"taken": True}
+
+        @self.app.get("/dashboard/data/site")
+        async def site() -> dict[str, object]:
+            return {"version": "1", "links": {}, "can_promote": True}
+
         self.left = threading.Event()
 
         @self.app.get("/metrics")
@@ -119,6 +132,53 @@ def test_no_server_and_a_wrong_key_are_told_apart(upstream: str) -> None:
         answer = client.get("/metrics")
         assert answer.status_code == 502  # 401 would send the browser to a login that helps nobody
         assert "FATHOM_API_KEY" in answer.json()["error"]["message"]
+
+
+def test_only_operators_promote_through_it(upstream: str, asked: Asked) -> None:
+    app = create_proxy(
+        Upstream(upstream, KEY, OPERATOR),
+        host="127.0.0.1",
+        digests=[digest(KEY), digest(OPERATOR)],
+        operators=[digest(OPERATOR)],
+    )
+    with TestClient(app, base_url="http://127.0.0.1:8500") as client:
+        client.headers["authorization"] = f"Bearer {KEY}"
+        assert client.post("/v1/operating_points").status_code == 403
+        assert client.get("/dashboard/data/site").json()["can_promote"] is False
+        assert not asked.promoted
+        client.headers["authorization"] = f"Bearer {OPERATOR}"
+        assert client.get("/dashboard/data/site").json()["can_promote"] is True
+        assert client.post("/v1/operating_points").json() == {"taken": True}
+    assert asked.promoted == 1
+
+
+def test_a_path_that_is_written_otherwise_gets_no_operators_key(
+    upstream: str, asked: Asked
+) -> None:
+    """What is no such path here would be one there: the client of HTTP takes dots out."""
+    app = create_proxy(
+        Upstream(upstream, KEY, OPERATOR),
+        host="127.0.0.1",
+        digests=[digest(KEY), digest(OPERATOR)],
+        operators=[digest(OPERATOR)],
+    )
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        for path in (b"/v1/x/../operating_points", b"/v1/x/%2e%2e/operating_points"):
+            with socket.create_connection(listening.getsockname(), timeout=10) as client:
+                client.sendall(
+                    b"POST " + path + b" HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 0\r\n"
+                    b"Connection: close\r\nAuthorization: Bearer secret\r\n\r\n"
+                )
+                got = b"".join(iter(lambda: client.recv(4096), b""))
+            assert b" 403 " in got.partition(b"\r\n")[0], got
+        assert not asked.promoted
+    finally:
+        server.should_exit = True
+        thread.join(10)
 
 
 def test_another_name_for_this_machine_is_refused(upstream: str) -> None:

@@ -12,7 +12,8 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.app import build
-from fathom.config import Placement, ServeConfig, Topology, from_mapping
+from fathom.api.auth import digest
+from fathom.config import ConfigError, Placement, ServeConfig, Topology, from_mapping
 
 ROOT = Path(__file__).parents[3]
 DEPLOYMENTS = ROOT / "deployments"
@@ -54,6 +55,19 @@ def test_serve_takes_the_file_and_we_take_its_settings(
     assert set(deployments_of(built)) == {"Ingress", *pools}
     assert schema.http_options.host == config.host
     assert schema.http_options.port == config.port
+
+
+def test_operators_keys_reach_the_ingress_and_need_clients_keys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FATHOM_OPERATOR_KEY", "op")
+    monkeypatch.delenv("FATHOM_API_KEY", raising=False)
+    with pytest.raises(ConfigError, match="FATHOM_OPERATOR_KEY is set and FATHOM_API_KEY is not"):
+        build(ServeConfig())
+    monkeypatch.setenv("FATHOM_API_KEY", "client")
+    arguments = deployments_of(build(ServeConfig()))["Ingress"].init_args
+    assert arguments[2] == (digest("client"), digest("op"))
+    assert arguments[5] == (digest("op"),)
 
 
 @pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.name)

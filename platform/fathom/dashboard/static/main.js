@@ -4,7 +4,7 @@ import { get } from "./api.js";
 import { byId, el } from "./dom.js";
 import { refreshLive, setLayers, startLive } from "./live.js";
 import { readPoints, setModel, startPlayground } from "./playground.js";
-import { refreshStudies, startStudies } from "./studies.js";
+import { refreshStudies, setMayPromote, startStudies } from "./studies.js";
 
 const VIEWS = ["live", "playground", "studies"];
 let known = false; // whether the model is
@@ -58,6 +58,7 @@ async function introduce() {
 async function showSite() {
   const site = await get("dashboard/data/site");
   byId("logout").hidden = !site.can_log_out;
+  setMayPromote(site.can_promote);
   byId("links").append(...Object.entries(site.links).map(([name, url]) => el("a", { href: url, target: "_blank", rel: "noreferrer" }, name)));
 }
 

@@ -12,6 +12,7 @@ let opened = null; // the answer of data/studies/ID
 let serving = null; // the answer of /v1/operating_points
 let chosen = null; // name of a point
 let onServed = () => {};
+let mayPromote = true;
 
 /** Wire the view up. changed: called when other points are served. */
 export function startStudies(changed) {
@@ -21,6 +22,13 @@ export function startStudies(changed) {
   byId("front-chart").append(chart.node);
   byId("axis").addEventListener("change", showFront);
   byId("rollback").addEventListener("click", rollBack);
+}
+
+/** Whether this key may change what is served. */
+export function setMayPromote(may) {
+  mayPromote = may;
+  byId("no-operator").hidden = may;
+  if (listed) showServing(), showFront();
 }
 
 /** Read everything again. */
@@ -53,7 +61,7 @@ function showServing() {
     byId("rollback").hidden = true;
     return;
   }
-  byId("rollback").hidden = !serving.can_roll_back;
+  byId("rollback").hidden = !serving.can_roll_back || !mayPromote;
   const own = serving.data.find(({ id }) => id === serving.default);
   const facts = [
     ["Point", serving.default ?? "none: requests get the server's own setting"],
@@ -150,7 +158,7 @@ function showTable() {
     return [
       row.point,
       isServed(row) ? el("strong", {}, "served")
-        : el("button", { type: "button", "aria-label": `Promote ${row.point}`, "data-point": row.point, disabled: !serving, click: () => promote(row) }, "Promote"),
+        : el("button", { type: "button", "aria-label": `Promote ${row.point}`, "data-point": row.point, disabled: !serving || !mayPromote, click: () => promote(row) }, "Promote"),
       setting.mode, setting.policy, setting.confidence, place === undefined ? "follows" : num(place), num(setting.max_stack),
       percent(own.agreement, 2), percent(own.exit_rate), num(own.budget), `${num(own.predicted_tpot_ms)} ms`, `× ${num(own.predicted_speedup)}`,
     ];
