@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 from fathom.api.backend import ReplicaReport
 from fathom.observability.classifier_metrics import ClassifierMetrics
 from fathom.observability.shadow import ShadowMetrics
+from fathom.types import FinishReason
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (
@@ -140,6 +141,8 @@ class ServerMetrics:
             ["model_name", "finished_reason"],
             registry=self._registry,
         )
+        for reason in FinishReason:  # a rate misses the first of a series that was not there
+            self._finished.labels(model_name, reason.value)
 
     def count_finished(self, reason: str) -> None:
         """Count the end of one completion."""

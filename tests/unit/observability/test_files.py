@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import promql_parser
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
@@ -147,6 +148,13 @@ def test_legends_and_texts_name_labels_that_are_there() -> None:
         assert named <= kept, rule
 
 
+def test_every_expression_is_promql() -> None:
+    for expression in expressions():
+        promql_parser.parse(expression)  # raises ValueError
+    with pytest.raises(ValueError, match="unclosed left paren"):
+        promql_parser.parse("sum(rate(fathom_x[5m])")
+
+
 def test_the_dashboard_is_whole() -> None:
     board = dashboard()
     panels = board["panels"]
@@ -162,6 +170,13 @@ def test_the_dashboard_is_whole() -> None:
         assert place["x"] + place["w"] <= 24
         assert not own & cells, panel["title"]
         cells |= own
+        if panel["type"] == "row":
+            continue
+        assert {"legend", "tooltip"} <= set(panel["options"]) or panel["type"] == "stat"
+        assert panel["targets"], panel["title"]
+        assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
+        for own in (panel, *panel["targets"]):
+            assert own["datasource"] == {"type": "prometheus", "uid": "${datasource}"}, own
     variables = {variable["name"] for variable in board["templating"]["list"]}
     used = set(re.findall(r"\$\{?(\w+)", json.dumps(panels))) - {"__rate_interval"}
     assert used == variables == {"datasource", "model"}
@@ -182,9 +197,10 @@ def test_prometheus_takes_them(tmp_path: Path) -> None:
     ]}]}  # fmt: skip
     (tmp_path / "rules.yml").write_text(yaml.safe_dump(rules))
     for command in (
-        ["config", "--syntax-only", str(FOLDER / "prometheus.yml")],
-        ["rules", str(FOLDER / "alerts.yml")],
-        ["rules", str(tmp_path / "rules.yml")],
+        ["check", "config", "--syntax-only", str(FOLDER / "prometheus.yml")],
+        ["check", "rules", str(FOLDER / "alerts.yml")],
+        ["check", "rules", str(tmp_path / "rules.yml")],
+        ["test", "rules", str(Path(__file__).with_name("alerts.test.yml"))],
     ):
-        done = subprocess.run(["promtool", "check", *command], capture_output=True, text=True)
+        done = subprocess.run(["promtool", *command], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr

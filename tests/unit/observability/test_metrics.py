@@ -6,6 +6,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fathom.api.backend import ModelInfo, ReplicaReport
 from fathom.observability.metrics import RequestTimer, ServerMetrics
+from fathom.types import FinishReason
 
 INFO = ModelInfo(num_layers=4, exit_layer=2, vocab_size=10, max_model_len=8)
 
@@ -41,9 +42,10 @@ def test_a_request_is_timed_and_counted() -> None:
     assert found["fathom_e2e_request_latency_seconds_count", model] == 1
     assert found["fathom_prompt_tokens_total", model] == 5
     assert found["fathom_generation_tokens_total", model] == 6
-    for reason in ("stop", "cancelled"):
-        labels = (("finished_reason", reason), ("model_name", "m"))
-        assert found["fathom_request_success_total", labels] == 1
+    # All reasons are there from the start: a rate misses the first of a series that was not.
+    for reason in FinishReason:
+        labels = (("finished_reason", reason.value), ("model_name", "m"))
+        assert found["fathom_request_success_total", labels] == (reason in ("stop", "cancelled"))
     assert found["fathom_replicas", model] == 0
 
 
