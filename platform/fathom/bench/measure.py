@@ -138,11 +138,15 @@ def run_interleaved(
     *,
     new_tokens: int,
     runs: int,
+    num_prompts: int | None = None,
 ) -> Iterator[tuple[Contender, int, Run]]:
     """Run all contenders in turn, so that a machine's slow minutes meet all of them.
 
     Run i of every contender and batch size comes before run i + 1 of any. A warm-up of a few
     tokens comes first.
+
+    Args:
+        num_prompts: of a run, or as many as the batch if that is more; None takes all.
 
     Yields:
         contender, batch size and what the run gave.
@@ -152,8 +156,9 @@ def run_interleaved(
             contender.run(prompts[:batch], batch, min(new_tokens, 4))
     for _ in range(runs):
         for batch in batches:
+            count = len(prompts) if num_prompts is None else max(batch, num_prompts)
             for contender in contenders:
-                yield contender, batch, contender.run(prompts, batch, new_tokens)
+                yield contender, batch, contender.run(prompts[:count], batch, new_tokens)
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:

