@@ -101,7 +101,6 @@ def test_a_client_that_leaves_takes_all_its_completions_along(server: TestServer
         ) as answer,
     ):  # fmt: skip
         lines = answer.iter_lines()
-        assert next(lines) == "id: 1"
         assert next(lines).startswith("data: ")
         server.wait_for("fathom_num_requests_running", lambda value: value == 4)
     server.wait_until_idle()

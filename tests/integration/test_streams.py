@@ -91,7 +91,8 @@ def join(events: list[tuple[int, str]]) -> str:
 def test_a_client_comes_back_for_the_rest(streams: TestServer) -> None:
     body = {"model": streams.model, **BODY, "stream": True}
     with streams.http() as http:
-        with http.stream("POST", PATH, json=body) as answer:
+        asking = {"Accept": "text/event-stream"}
+        with http.stream("POST", PATH, json=body, headers=asking) as answer:
             (name,) = answer.headers.get_list("x-request-id")
             events = [event for event, _ in zip(read(answer), range(5), strict=False)]
         until(lambda: unfinished_streams("streams") == 1)
@@ -122,7 +123,8 @@ def test_many_prompts_of_one_request_are_routed_at_once(streams: TestServer) -> 
 def test_the_journal_dies_under_a_stream(streams: TestServer) -> None:
     body = {"model": streams.model, **BODY, "max_tokens": 400, "stream": True}
     with streams.http() as http:
-        with http.stream("POST", PATH, json=body, headers={"X-Request-Id": "one"}) as answer:
+        asking = {"X-Request-Id": "one", "Accept": "text/event-stream"}
+        with http.stream("POST", PATH, json=body, headers=asking) as answer:
             reading = read(answer)
             events = [next(reading) for _ in range(5)]
             (journal,) = pids_of(JOURNAL)

@@ -262,7 +262,7 @@ class Service:
         # Errors before the first token get an HTTP status of their own, in a stream too.
         first = await self._first(batches)
         if body.stream:
-            return self._streams.begin(plan, run, batches, first)
+            return self._streams.begin(plan, run, batches, first, ids=caller.event_ids)
         async with aclosing(batches):
             return await _collect(run, first, batches, self._streams.dialect(plan))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -11,6 +12,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 DONE = "[DONE]"
+_ID_LINE = re.compile(r"^id: \d+\n", re.MULTILINE)
 
 
 def event(data: dict[str, Any] | str, number: int | None = None) -> str:
@@ -22,6 +24,11 @@ def event(data: dict[str, Any] | str, number: int | None = None) -> str:
     if not isinstance(data, str):
         data = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return f"data: {data}\n\n" if number is None else f"id: {number}\ndata: {data}\n\n"
+
+
+def without_ids(events: str) -> str:
+    """Events of ``event`` as those see them who have not asked for ids."""
+    return _ID_LINE.sub("", events)
 
 
 class EventStream(StreamingResponse):

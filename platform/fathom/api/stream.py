@@ -10,7 +10,7 @@ from fathom.api.errors import ApiError, as_api_error
 from fathom.api.records import News
 from fathom.api.responses import Choice, Dialect
 from fathom.api.run import Run
-from fathom.api.sse import DONE, event
+from fathom.api.sse import DONE, event, without_ids
 from fathom.api.usage import usage_body
 
 _ANOTHER_TIME = (429, 503)
@@ -100,19 +100,28 @@ async def as_events(news: AsyncGenerator[News, None]) -> AsyncGenerator[str, Non
                 yield "".join(piece.events)
 
 
-async def to_the_end(events: AsyncGenerator[str, None], *before: str) -> AsyncGenerator[str, None]:
+async def to_the_end(
+    events: AsyncGenerator[str, None], *before: str, ids: bool = True
+) -> AsyncGenerator[str, None]:
     """A stream as it goes to the client: what comes first, the events, and perhaps a failure.
 
     The failure's event has no id: it is not part of the stream, which can be gone on with.
+
+    Args:
+        ids: leave the events' ids in.
     """
     try:
         async with aclosing(events):
             if before:
-                yield "".join(before)
+                yield _shown("".join(before), ids)
             async for text in events:
-                yield text
+                yield _shown(text, ids)
     except ApiError as error:
         yield event(error.body()) + event(DONE)
+
+
+def _shown(events: str, ids: bool) -> str:
+    return events if ids else without_ids(events)
 
 
 def _tells(news: Choice, detailed: bool) -> bool:

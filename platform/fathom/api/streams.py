@@ -95,18 +95,25 @@ class Streams:
         return None
 
     def begin(
-        self, plan: Plan, run: Run, batches: AsyncGenerator[list[Choice], None], first: list[Choice]
+        self,
+        plan: Plan,
+        run: Run,
+        batches: AsyncGenerator[list[Choice], None],
+        first: list[Choice],
+        *,
+        ids: bool = True,
     ) -> AsyncGenerator[str, None]:
         """The events of a new stream.
 
         Args:
             first: the batch that was read already.
+            ids: leave the events' ids in. The journal has them in any case.
         """
         number = None if self._scribe is None else 0
         writer = StreamWriter(self.dialect(plan), with_usage=plan.with_usage, number=number)
         news = writer.news(run, batches, first)
         return to_the_end(
-            as_events(news) if self._scribe is None else self._scribe.write(news, plan)
+            as_events(news) if self._scribe is None else self._scribe.write(news, plan), ids=ids
         )
 
     def go_on(self, taken: Taken, caller: Caller, fingerprint: str) -> AsyncGenerator[str, None]:
@@ -123,7 +130,7 @@ class Streams:
         self._metrics.streams_resumed.inc()
         missed = events_after(taken.news, caller.last_event_id or 0)
         if taken.ended:
-            return to_the_end(_nothing(), *missed)
+            return to_the_end(_nothing(), *missed, ids=caller.event_ids)
         if fingerprint and fingerprint != plan.style.fingerprint:
             raise model_changed()
         requests = rest_of(plan, given, taken.epoch, time.time())
@@ -136,7 +143,7 @@ class Streams:
             opened=given,
         )
         news = writer.news(run, run.batches(), None)
-        return to_the_end(self._scribe.write(news, plan, taken), *missed)
+        return to_the_end(self._scribe.write(news, plan, taken), *missed, ids=caller.event_ids)
 
 
 def body_digest(endpoint: Endpoint, body: GenerationRequest) -> bytes:

@@ -48,7 +48,8 @@ class StreamClient:
     ) -> None:
         address = urllib.parse.urlsplit(url)
         self._host, self._port = address.hostname or "", address.port
-        self._headers = {"Content-Type": "application/json"}
+        # Whoever accepts event streams is told the events' ids.
+        self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
         if key:
             self._headers["Authorization"] = f"Bearer {key}"
         self._tries = tries

@@ -44,11 +44,26 @@ def post(http: TestClient, body: dict[str, Any], **headers: str) -> Any:
     return http.post(path, json=body, headers={k.replace("_", "-"): v for k, v in headers.items()})
 
 
-def test_events_are_numbered(http: TestClient) -> None:
-    answer = post(http, CHAT)
+def test_events_are_numbered_for_who_asks(http: TestClient) -> None:
+    answer = post(http, CHAT, Accept="text/event-stream", X_Request_Id="mine")
     events = parse(answer.text)
     assert [number for number, _ in events] == list(range(1, len(events) + 1))
     assert events[-1][1] == "[DONE]"
+    for headers in ({"Accept": "application/json"}, {"Accept": "*/*"}):
+        plain = post(http, CHAT, **headers, X_Request_Id=str(headers))
+        # Clients that know nothing but data would fail at any other line.
+        assert all(line.startswith("data: ") for line in plain.text.split("\n") if line)
+        assert parse(plain.text)[-1][1] == "[DONE]"
+
+
+def test_a_stream_that_began_without_ids_can_be_gone_on_with(http: TestClient) -> None:
+    whole = post(http, CHAT, Accept="text/event-stream", X_Request_Id="mine").text
+    events = parse(whole)
+    # The same again without ids, what is left after the second event, and all of it by name.
+    assert parse(post(http, CHAT, X_Request_Id="mine").text) == [(None, d) for _, d in events]
+    rest = post(http, CHAT, X_Request_Id="mine", Last_Event_ID="2")
+    assert parse(rest.text) == events[2:]
+    assert http.get("/v1/streams/mine").text == whole
 
 
 def test_every_answer_has_an_id(http: TestClient) -> None:
@@ -85,15 +100,20 @@ def test_the_last_event_id_is_a_number(http: TestClient, value: str) -> None:
 
 
 def test_a_stream_that_ended_is_replayed(http: TestClient, scripted: ScriptedEngine) -> None:
-    first = parse(post(http, CHAT, X_Request_Id="a b/c?").text)
+    asking = {"Accept": "text/event-stream", "X_Request_Id": "a b/c?"}
+    first = parse(post(http, CHAT, **asking).text)
     again = parse(post(http, CHAT, X_Request_Id="a b/c?", Last_Event_ID="3").text)
     assert again == first[3:]
-    assert parse(post(http, CHAT, X_Request_Id="a b/c?").text) == first
+    assert parse(post(http, CHAT, **asking).text) == first
     pretty = json.dumps(dict(reversed(CHAT.items())), indent=1)  # the same request
     answer = http.post(
         "/v1/chat/completions",
         content=pretty,
-        headers={"X-Request-Id": "a b/c?", "content-type": "application/json"},
+        headers={
+            "X-Request-Id": "a b/c?",
+            "Accept": "text/event-stream",
+            "content-type": "application/json",
+        },
     )
     assert parse(answer.text) == first
     got = http.get("/v1/streams/a%20b/c%3F", headers={"Last-Event-ID": "4"})
@@ -146,7 +166,7 @@ def test_without_a_journal_nothing_is_kept(tokenizer: Tokenizer) -> None:
     service = make_service(ScriptedEngine(1), tokenizer, None)
     app = create_app(service, key_digests=[], max_body_bytes=10_000)
     with TestClient(app, client=("127.0.0.1", 1)) as http:
-        assert "id: " not in post(http, CHAT, X_Request_Id="mine").text
+        assert "id: " not in post(http, CHAT, Accept="text/event-stream", X_Request_Id="mine").text
         answer = post(http, CHAT, X_Request_Id="mine", Last_Event_ID="1")
         check(answer, 404, "X-Request-Id", "stream_not_found")
 
