@@ -106,6 +106,10 @@ class Tracker:
         """Whether the run holds a metric of that name."""
         return metric in self._client.get_run(self.run_id).data.metrics
 
+    def steps(self, metric: str) -> set[int]:
+        """Steps at which the run holds a metric of that name."""
+        return {each.step for each in self._client.get_metric_history(self.run_id, metric)}
+
     def children(self) -> dict[str, Any]:
         """The runs below this one, by name."""
         found: dict[str, Any] = {}

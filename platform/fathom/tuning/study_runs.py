@@ -99,12 +99,14 @@ class StudyRuns:
             self._tracker.keep_file(file)
         for file in figures:
             self._tracker.keep_file(file, "figures")
-        if self._tracker.has("hypervolume"):
+        if self._tracker.has("front_size"):  # the last of them
             return
+        there = self._tracker.steps("hypervolume")  # of one that was killed between two batches
         best: list[Trial] = []
         for step, trial in enumerate(trials, 1):
             best = front(self._study, [*best, trial])
-            self._tracker.log(step, {"hypervolume": volume(self._study, best)})
+            if step not in there:
+                self._tracker.log(step, {"hypervolume": volume(self._study, best)})
         stopped = sum(trial.rung is not None for trial in trials)
         counts = {"trials": len(trials), "trials_stopped": stopped, "front_size": len(best)}
         self._tracker.log(len(trials), counts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,43 @@ def test_a_child_says_where_it_was_stopped(kept: list[Any]) -> None:
     assert stopped.params == {"mode": "free", "policy": "threshold", "exit_threshold": "0.1"}
     assert stopped.metrics["violation.max_quality_loss"] == pytest.approx(0.3)
     assert (whole.metrics["quality"], whole.metrics["seconds"]) == (0.95, 0.25)
+
+
+def test_a_curve_that_was_cut_off_is_made_whole(
+    folder: Path, traces: Traces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long study sends its curve in several batches."""
+    monkeypatch.setattr("fathom.training.tracking._BATCH", 2)
+    uri = f"sqlite:///{folder / 'work' / 'mlflow.db'}"
+    trials = [Trial(n, SETTING, figures(0.95), 0.25) for n in range(5)]
+    many = Study(name="many", traces=("a.parquet",), trials=5)
+
+    def runs() -> StudyRuns:
+        return StudyRuns(many, folder / "s.yaml", traces, tmp_path, uri)
+
+    killed = runs()
+    sent: list[int] = []
+    log = Tracker.log
+
+    def until_a_kill(tracker: Tracker, step: int, values: Mapping[str, float]) -> None:
+        if step == 4:
+            raise KeyboardInterrupt
+        sent.append(step)
+        log(tracker, step, values)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Tracker, "log", until_a_kill)
+        with pytest.raises(KeyboardInterrupt):
+            killed.finish(trials, [], [])
+    assert sent == [1, 2, 3]  # of which the third waits for its batch, and is lost
+    for _ in range(2):
+        with runs() as again:
+            again.finish(trials, [], [])
+    client = mlflow.MlflowClient(uri)
+    history = client.get_metric_history(again.run_id, "hypervolume")
+    assert sorted(each.step for each in history) == [1, 2, 3, 4, 5]
+    assert client.get_run(again.run_id).data.metrics["trials"] == 5
+    assert len(client.get_metric_history(again.run_id, "trials")) == 1
 
 
 def test_a_run_killed_before_its_parameters_gets_them(tmp_path: Path, folder: Path) -> None:
