@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fathom.engine.flush_rules import FlushWhen
 from fathom.exits.load import LoadConfig
 from fathom.exits.shadow import ShadowConfig
+from fathom.models.bits import QUANTIZATIONS, Bits
 from fathom.pools import (
     DataPlaneConfig,
     DeepConfig,
@@ -63,6 +64,9 @@ class EngineConfig:
     Attributes:
         model: hub name, directory in Hugging Face form, or GGUF file.
         dtype: of weights, activations and KV blocks.
+        quantization: bits of the layers' weights: ``none`` (those of ``dtype``), ``int8`` or
+            ``int4``; or of each stage, ``SHALLOW:DEEP``. LM head and exit head of a quantized
+            stage have 8. On a CPU.
         device: a torch device string.
         threads: torch intra-op threads of this process; 0 leaves torch's setting.
         adapter: what was trained for early exits: ``auto`` (the default that ships for this
@@ -90,6 +94,7 @@ class EngineConfig:
 
     model: str = DEFAULT_MODEL
     dtype: str = "bfloat16"
+    quantization: str = "none"
     device: str = "cpu"
     threads: int = 0
     adapter: str = "auto"
@@ -114,6 +119,7 @@ class EngineConfig:
         """
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        self._check_quantization()
         if self.flush_rule not in list(FlushWhen):
             raise ConfigError(
                 f"flush_rule must be one of {', '.join(FlushWhen)}, got {self.flush_rule!r}."
@@ -140,6 +146,32 @@ class EngineConfig:
             self.compute.validate()
         except InvalidRequest as error:
             raise ConfigError(f"compute.{error}") from error
+
+    @property
+    def bits(self) -> Bits:
+        """What ``quantization`` says."""
+        return Bits.parse(self.quantization)
+
+    def _check_quantization(self) -> None:
+        try:
+            bits = self.bits
+        except ValueError:
+            raise ConfigError(
+                f"quantization must be {', '.join(QUANTIZATIONS)}, or SHALLOW:DEEP of these, got "
+                f"{self.quantization!r}."
+            ) from None
+        if bits == (0, 0):
+            return
+        if self.device != "cpu":
+            raise ConfigError(
+                f"quantization {self.quantization!r} runs on a CPU alone, and device is "
+                f"{self.device!r}: leave one of them out."
+            )
+        if self.dtype == "float16":
+            raise ConfigError(
+                f"quantization {self.quantization!r} goes with dtype bfloat16 or float32, got "
+                "float16."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,6 +53,11 @@ def add_engine_options(parser: argparse.ArgumentParser, *, threads: bool = True)
         help=f"hub name, directory in Hugging Face form, or GGUF file (default: {DEFAULT_MODEL})",
     )
     group.add_argument("--dtype", choices=DTYPES, help="weights and KV (default: bfloat16)")
+    group.add_argument(
+        "--quantization",
+        metavar="BITS",
+        help="of the layers' weights: none (default), int8 or int4; of each stage: SHALLOW:DEEP",
+    )
     group.add_argument("--device", help="torch device (default: cpu)")
     if threads:
         group.add_argument("--threads", type=int, help="torch threads; 0: torch's own choice")

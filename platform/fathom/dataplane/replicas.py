@@ -115,6 +115,7 @@ def start_deep(
         layers=layers,
         embedding=False,
         adapter=adapter,
+        layer_bits=plan.layer_bits,
     )
     return_freed_memory()
     lease = plan.num_blocks - 1
@@ -172,9 +173,11 @@ def build_shallow(
         layers=(0, plan.exit_layer),
         head=needs_lm_head(plan.model, adapter, config.exit_vocab),
         adapter=adapter,
+        layer_bits=plan.layer_bits,
     )
-    head = build_exit_head(decoder, directory, adapter, config.exit_vocab)
-    exit_layers = load_exit_layers(decoder, adapter) if adapter else None
+    bits = config.bits.shallow
+    head = build_exit_head(decoder, directory, adapter, config.exit_vocab, quantized=bool(bits))
+    exit_layers = load_exit_layers(decoder, adapter, bits) if adapter else None
     tokenizer = load_tokenizer(directory)
     return_freed_memory()
     size, rows = config.block_size, config.max_num_batched_tokens
@@ -221,7 +224,7 @@ def _plan(config: EngineConfig) -> tuple[Path, SplitPlan, Adapter | None]:
         config,
         model,
         exit_layer=exit_layer_of(config, model, adapter),
-        weights_digest=model_digest(digest, model),
+        weights_digest=model_digest(digest, model, config.bits),
         adapter=adapter,
     )
     return directory, plan, adapter

@@ -27,6 +27,7 @@ from fathom.exits.meta import MetaClassifier
 from fathom.kvstore.store import KVStore
 from fathom.ledger import Ledger
 from fathom.models.adapters import Adapter, find_adapter
+from fathom.models.config import ModelConfig
 from fathom.models.decoder import Decoder
 from fathom.models.errors import ModelError
 from fathom.models.heads import ExitHead, build_exit_head
@@ -53,18 +54,27 @@ def build_engine(
     directory = resolve_model(config.model)
     digest = weights_digest(directory)
     adapter = adapter_of(config, digest)
-    dtype = getattr(torch, config.dtype)
-    decoder = load_decoder(directory, dtype=dtype, device=config.device, adapter=adapter)
-    head = build_exit_head(decoder, directory, adapter, config.exit_vocab)
+    model = ModelConfig.from_directory(directory)
+    exit_layer = exit_layer_of(config, model, adapter)
+    decoder = load_decoder(
+        directory,
+        dtype=getattr(torch, config.dtype),
+        device=config.device,
+        adapter=adapter,
+        layer_bits=config.bits.of_layers(exit_layer, model.num_layers),
+    )
+    head = build_exit_head(
+        decoder, directory, adapter, config.exit_vocab, quantized=bool(config.bits.shallow)
+    )
     tokenizer = load_tokenizer(directory)
     return_freed_memory()
     return assemble(
         config,
         decoder,
         head,
-        exit_layer=exit_layer_of(config, decoder.config, adapter),
+        exit_layer=exit_layer,
         adapter=adapter,
-        weights_digest=model_digest(digest, decoder.config),
+        weights_digest=model_digest(digest, model, config.bits),
         tokenizer=tokenizer,
         wrap_deep=wrap_deep,
         store=store,
@@ -99,7 +109,7 @@ def assemble(
         weights_digest=weights_digest,
         adapter=adapter,
     )
-    exit_layers = load_exit_layers(decoder, adapter) if adapter else None
+    exit_layers = load_exit_layers(decoder, adapter, config.bits.shallow) if adapter else None
     size, num_blocks = config.block_size, plan.num_blocks
     shallow = new_stage(decoder, (0, exit_layer), num_blocks, size, exit_layers)
     deep = new_stage(decoder, (exit_layer, decoder.config.num_layers), num_blocks, size)

@@ -28,6 +28,7 @@ class EngineInfo:
     vocab_size: int
     max_model_len: int
     dtype: str
+    quantization: str
     eos_token_ids: tuple[int, ...]
     weights_digest: str
     num_blocks: int

@@ -13,6 +13,7 @@ from fathom.engine.info import EngineInfo
 from fathom.kvstore.keys import KeyRoot
 from fathom.ledger import ModelCosts
 from fathom.models.adapters import Adapter
+from fathom.models.bits import Bits
 from fathom.models.config import ModelConfig
 
 _MIN_BLOCKS = 4
@@ -80,6 +81,11 @@ class SplitPlan:
         return _dtype(self.config)
 
     @property
+    def layer_bits(self) -> list[int]:
+        """Bits of the weights of each layer, 0 for those of the dtype."""
+        return self.config.bits.of_layers(self.exit_layer, self.model.num_layers)
+
+    @property
     def deep_adapter(self) -> str:
         """Identity of what changes the full path, empty for nothing."""
         return self.adapter_digest if self.changes_model else ""
@@ -113,6 +119,7 @@ class SplitPlan:
             vocab_size=self.model.vocab_size,
             max_model_len=self.max_model_len,
             dtype=self.config.dtype,
+            quantization=self.config.bits.name,
             eos_token_ids=self.model.eos_token_ids,
             weights_digest=self.weights_digest,
             num_blocks=self.num_blocks,
@@ -135,9 +142,12 @@ class SplitPlan:
         )
 
 
-def model_digest(weights_digest: str, model: ModelConfig) -> str:
-    """Equal weights under another shape (RoPE scaling, norm epsilon) are another model."""
-    return f"{weights_digest}-{hashlib.sha256(repr(model).encode()).hexdigest()}"
+def model_digest(weights_digest: str, model: ModelConfig, bits: Bits = Bits()) -> str:
+    """Equal weights under another shape (RoPE scaling, norm epsilon) are another model; rounded to
+    fewer bits as well.
+    """
+    quantized = "" if bits == Bits() else f"-{bits.name}"
+    return f"{weights_digest}-{hashlib.sha256(repr(model).encode()).hexdigest()}{quantized}"
 
 
 def exit_layer_of(config: EngineConfig, model: ModelConfig, adapter: Adapter | None) -> int:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fathom.models.config import ModelConfig
-from fathom.models.linear import MIN_PACKED_ROWS, Linear
+from fathom.models.linear import AnyLinear, padding_of, rms_norm
 from fathom.models.rope import RotaryEmbedding, rotate_
 
 Store = Callable[[int, Tensor], None]
@@ -35,18 +35,19 @@ class Layer:
     """The weights of one layer, fused.
 
     Attributes:
-        input_norm, post_norm: [d]. qkv: d -> (H + 2 * Hkv) * D, in the order q, k, v.
+        input_norm, post_norm: [d], in the dtype that their linears take.
+        qkv: d -> (H + 2 * Hkv) * D, in the order q, k, v.
         qk_norm: [H + Hkv, D], one weight a head, or None. output: H * D -> d.
         gate_up: d -> 2 * intermediate, gate first. down: intermediate -> d.
     """
 
     input_norm: Tensor
-    qkv: Linear
+    qkv: AnyLinear
     qk_norm: Tensor | None
-    output: Linear
+    output: AnyLinear
     post_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: AnyLinear
+    down: AnyLinear
 
     @property
     def num_weights(self) -> int:
@@ -77,7 +78,7 @@ class Decoder:
         device: torch.device,
         embedding: Tensor | None = None,
         norm: Tensor | None = None,
-        head: Linear | None = None,
+        head: AnyLinear | None = None,
     ) -> None:
         self.config = config
         self.first = first
@@ -88,7 +89,7 @@ class Decoder:
         self.embedding = embedding
         self.norm = norm
         self.head = head
-        self._pads = bool(layers) and layers[0].qkv.packed
+        self._eps = config.rms_norm_eps
         self.rotary = RotaryEmbedding(
             config.rope_inv_freq, config.rope_attention_scaling, dtype, device
         )
@@ -151,7 +152,7 @@ class Decoder:
                 f"[{self.first}, {self.last})"
             )
         rows = len(hidden)
-        padding = self._padding(rows)
+        padding = self._padding(rows, first, last)
         if padding:
             hidden = F.pad(hidden, (0, 0, 0, padding))
             positions = F.pad(positions, (0, padding))
@@ -171,7 +172,7 @@ class Decoder:
             positions: int64 [rows]. store: see ``Store``.
         """
         rows = len(hidden)
-        padding = self._padding(rows)
+        padding = self._padding(rows, first, last)
         if padding:
             hidden = F.pad(hidden, (0, 0, 0, padding))
             positions = F.pad(positions, (0, padding))
@@ -180,9 +181,10 @@ class Decoder:
             qkv = self._qkv(self.layers[index - self.first], hidden, cos, sin)
             store(index, qkv[:rows, self.config.num_heads :])
 
-    def _padding(self, rows: int) -> int:
-        """Rows of zeros that a pass is filled up with."""
-        return max(0, MIN_PACKED_ROWS - rows) if self._pads else 0
+    def _padding(self, rows: int, first: int, last: int) -> int:
+        """Rows of zeros that a pass over layers [first, last) is filled up with."""
+        own = self.layers[first - self.first : last - self.first]
+        return padding_of(own[0].qkv, rows) if own else 0
 
     def _layer(
         self, index: int, hidden: Tensor, rows: int, cos: Tensor, sin: Tensor, attend: Attend
@@ -193,26 +195,20 @@ class Decoder:
         attended = attend(index, qkv[:rows, :heads], qkv[:rows, heads:])
         if rows < len(hidden):
             attended = F.pad(attended, (0, 0, 0, len(hidden) - rows))
-        hidden = layer.output(attended).add_(hidden)
-
-        gate, up = layer.gate_up(self._rms_norm(hidden, layer.post_norm)).chunk(2, -1)
-        return layer.down(F.silu(gate).mul_(up)).add_(hidden)
+        hidden = layer.output.added(attended, hidden)
+        inner = layer.gate_up.normed_gated(hidden, layer.post_norm, self._eps)
+        return layer.down.added(inner, hidden)
 
     def _qkv(self, layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[rows, d] -> [rows, H + 2 * Hkv, D]: queries and keys rotated, then values."""
         rotated = self.config.num_heads + self.config.num_kv_heads
-        qkv = layer.qkv(self._rms_norm(hidden, layer.input_norm))
+        qkv = layer.qkv.normed(hidden, layer.input_norm, self._eps)
         qkv = qkv.view(hidden.shape[0], -1, self.config.head_dim)
         qk = qkv[:, :rotated]
         if layer.qk_norm is not None:
-            qk.copy_(self._rms_norm(qk, layer.qk_norm))
+            qk.copy_(rms_norm(qk, layer.qk_norm, self._eps))
         rotate_(qk, cos, sin)
         return qkv
-
-    def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        # Without a weight, F.rms_norm computes in float32 and rounds once; multiplying afterwards
-        # rounds where transformers does. Given the weight, it would skip the first rounding.
-        return F.rms_norm(x, x.shape[-1:], None, self.config.rms_norm_eps).mul_(weight)
 
     @torch.inference_mode()
     def final_norm(self, hidden: Tensor) -> Tensor:
@@ -223,7 +219,7 @@ class Decoder:
         """
         if self.norm is None:
             raise RuntimeError("this decoder was loaded without the head")
-        return self._rms_norm(hidden, self.norm)
+        return rms_norm(hidden, self.norm, self._eps)
 
     @torch.inference_mode()
     def project(self, normed: Tensor) -> Tensor:
@@ -240,7 +236,7 @@ class Decoder:
         """
         if self.head is None:
             raise RuntimeError("this decoder was loaded without the head")
-        padding = self._padding(len(normed))
+        padding = padding_of(self.head, len(normed))
         if padding:
             return self.head(F.pad(normed, (0, 0, 0, padding)))[: len(normed)]
         return self.head(normed)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from fathom.models.adapters import Adapter
 from fathom.models.config import ModelConfig, ModelError
 from fathom.models.decoder import Decoder
-from fathom.models.linear import Linear
+from fathom.models.quantized import HEAD_BITS, make_linear
 from fathom.models.weights import WeightFiles
 
 
@@ -36,11 +36,12 @@ class ExitHead:
         adapter: torch.Tensor | None,
         token_ids: torch.Tensor | None,
         rows: torch.Tensor | None,
+        bits: int = 0,
     ) -> None:
         self._decoder = decoder
         self._norm = norm
-        self._adapter = None if adapter is None else Linear(adapter)
-        self._subset = None if rows is None else Linear(rows)
+        self._adapter = None if adapter is None else make_linear(adapter, bits=bits)
+        self._subset = None if rows is None else make_linear(rows, bits=bits)
         self.token_ids = token_ids
         self._tokens = None if token_ids is None else token_ids.tolist()
         self._columns = None if self._tokens is None else {t: i for i, t in enumerate(self._tokens)}
@@ -59,7 +60,7 @@ class ExitHead:
             [rows, n] in the model's dtype, n the scored tokens.
         """
         if self._adapter is not None:
-            hidden = self._adapter(hidden).add_(hidden)
+            hidden = self._adapter.added(hidden, hidden)
         normed = F.rms_norm(
             hidden, hidden.shape[-1:], self._norm, self._decoder.config.rms_norm_eps
         )
@@ -94,7 +95,12 @@ def needs_lm_head(config: ModelConfig, adapter: Adapter | None, exit_vocab: int)
 
 
 def build_exit_head(
-    decoder: Decoder, model_dir: Path, adapter: Adapter | None, exit_vocab: int
+    decoder: Decoder,
+    model_dir: Path,
+    adapter: Adapter | None,
+    exit_vocab: int,
+    *,
+    quantized: bool = False,
 ) -> ExitHead:
     """Build the exit head.
 
@@ -104,12 +110,14 @@ def build_exit_head(
         exit_vocab: tokens to score: -1 all, 0 the adapter's choice (all without one), n > 0 the n
             most frequent. Without an adapter's ranking the lowest token ids are taken: byte-pair
             merges are learned most frequent first.
+        quantized: whether its weights have ``HEAD_BITS``, else those of the decoder's dtype.
 
     Raises:
         ModelError: if the adapter does not fit the model.
     """
     config = decoder.config
     files = WeightFiles(model_dir)
+    bits = HEAD_BITS if quantized else 0
     ranked = torch.arange(config.vocab_size)
     count, linear = _num_scored(config, adapter, exit_vocab), None
     if adapter is None:
@@ -122,12 +130,12 @@ def build_exit_head(
         if len(adapter.token_ids):
             ranked = adapter.token_ids
     if count == config.vocab_size:
-        return ExitHead(decoder, norm, linear, None, None)
+        return ExitHead(decoder, norm, linear, None, None, bits)
     token_ids = ranked[:count].to(decoder.device)
     name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     shape = (config.vocab_size, config.hidden_size)
     rows = files.tensor(name, shape, decoder.dtype, decoder.device)[token_ids]
-    return ExitHead(decoder, norm, linear, token_ids, rows)
+    return ExitHead(decoder, norm, linear, token_ids, rows, bits)
 
 
 def _num_scored(config: ModelConfig, adapter: Adapter | None, exit_vocab: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,6 +29,48 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
         return False
     # Without AVX-512, oneDNN may not compute in bfloat16.
     return dtype is torch.float32 or bool(ops._is_mkldnn_bf16_supported())
+
+
+class AnyLinear(Protocol):
+    """What a decoder asks of a linear layer; see ``Linear``."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether few rows are filled up to ``MIN_PACKED_ROWS``."""
+        ...
+
+    @property
+    def num_weights(self) -> int:
+        """Parameters, the bias among them."""
+        ...
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[rows, in] -> [rows, out]."""
+        ...
+
+    def normed(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        """RMSNorm with the weight ``norm`` [in], then the linear."""
+        ...
+
+    def added(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The linear, then ``+ residual`` [rows, out]."""
+        ...
+
+    def normed_gated(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        """``normed``; of its outputs, silu of the first half times the second: SwiGLU."""
+        ...
+
+
+def padding_of(linear: AnyLinear, rows: int) -> int:
+    """Rows of zeros that so many rows are filled up with."""
+    return max(0, MIN_PACKED_ROWS - rows) if linear.packed else 0
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension of ``x``, with transformers' roundings."""
+    # Without a weight, F.rms_norm computes in float32 and rounds once; multiplying afterwards
+    # rounds where transformers does. Given the weight, it would skip the first rounding.
+    return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
 
 
 class Linear:
@@ -62,3 +106,16 @@ class Linear:
             )
             return out
         return F.linear(x, self.weight, self.bias)
+
+    def normed(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        """See ``AnyLinear``."""
+        return self(rms_norm(x, norm, eps))
+
+    def added(self, x: Tensor, residual: Tensor) -> Tensor:
+        """See ``AnyLinear``."""
+        return self(x).add_(residual)
+
+    def normed_gated(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        """See ``AnyLinear``."""
+        gate, up = self.normed(x, norm, eps).chunk(2, -1)
+        return F.silu(gate).mul_(up)

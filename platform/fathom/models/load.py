@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +13,8 @@ from fathom.models.adapters import Adapter
 from fathom.models.config import ModelConfig, ModelError
 from fathom.models.decoder import Decoder, Layer
 from fathom.models.files import weights_digest
-from fathom.models.linear import Linear
+from fathom.models.linear import AnyLinear
+from fathom.models.quantized import HEAD_BITS, make_linear
 from fathom.models.resolve import resolve_model
 from fathom.models.weights import WeightFiles
 
@@ -29,6 +30,7 @@ def load_decoder(
     embedding: bool = True,
     head: bool = True,
     adapter: Adapter | None = None,
+    layer_bits: Sequence[int] = (),
 ) -> Decoder:
     """Load a model, or the part of it that a stage runs.
 
@@ -40,6 +42,8 @@ def load_decoder(
         layers: [first, last) to hold; None holds all.
         embedding: hold the embedding table. head: hold the final norm and the LM head.
         adapter: its low-rank changes are added to the weights.
+        layer_bits: bits of the weights of each of the model's layers, 0 for those of ``dtype``;
+            empty for 0 everywhere. The LM head follows the last layer, with ``HEAD_BITS``.
 
     Raises:
         ModelError: for a missing or damaged file, a tensor that is missing or misshapen, an
@@ -53,29 +57,30 @@ def load_decoder(
     if adapter is not None and adapter.lora:
         files = _Changed(files, adapter.lora)
     reader = _LayerReader(files, config, dtype, torch.device(device))
+    bits = layer_bits or [0] * config.num_layers
     table = norm = lm_head = None
-    if embedding or (head and config.tie_word_embeddings):
+    if embedding:
         table = reader.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
     if head:
         norm = reader.tensor("model.norm.weight", config.hidden_size)
-        weight = table if config.tie_word_embeddings else None
-        if weight is None:
-            weight = reader.tensor("lm_head.weight", config.vocab_size, config.hidden_size)
-        lm_head = Linear(weight)
+        lm_head = _lm_head(reader, table, HEAD_BITS if bits[-1] else 0)
     return Decoder(
         config,
         first,
-        [reader.layer(index) for index in range(first, last)],
+        [reader.layer(index, bits[index]) for index in range(first, last)],
         dtype=dtype,
         device=torch.device(device),
-        embedding=table if embedding else None,
+        embedding=table,
         norm=norm,
         head=lm_head,
     )
 
 
-def load_exit_layers(decoder: Decoder, adapter: Adapter) -> Decoder | None:
+def load_exit_layers(decoder: Decoder, adapter: Adapter, bits: int = 0) -> Decoder | None:
     """The exit layers of an adapter as a decoder of layers [k, k + M); None if it has none.
+
+    Args:
+        bits: of their weights, 0 for those of the decoder's dtype.
 
     Raises:
         ModelError: if a tensor is missing or misshapen.
@@ -85,8 +90,19 @@ def load_exit_layers(decoder: Decoder, adapter: Adapter) -> Decoder | None:
     tensors = {f"model.layers.{name}": tensor for name, tensor in adapter.layers.items()}
     reader = _LayerReader(_Held(tensors), decoder.config, decoder.dtype, decoder.device)
     first, last = adapter.exit_layer, adapter.exit_layer + adapter.exit_layers
-    layers = [reader.layer(index) for index in range(first, last)]
+    layers = [reader.layer(index, bits) for index in range(first, last)]
     return Decoder(decoder.config, first, layers, dtype=decoder.dtype, device=decoder.device)
+
+
+def _lm_head(reader: _LayerReader, table: Tensor | None, bits: int) -> AnyLinear:
+    """The LM head; ``table`` is the embedding in the model's dtype where it is at hand."""
+    config = reader.config
+    shape = (config.vocab_size, config.hidden_size)
+    if table is not None and config.tie_word_embeddings and not bits:
+        return make_linear(table)
+    name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    dtype = torch.float32 if bits else reader.dtype
+    return make_linear(reader.files.tensor(name, shape, dtype, reader.device), bits=bits)
 
 
 class _Tensors(Protocol):
@@ -151,30 +167,50 @@ class _LayerReader:
     def tensor(self, name: str, *shape: int) -> Tensor:
         return self.files.tensor(name, shape, self.dtype, self.device)
 
-    def layer(self, index: int) -> Layer:
+    def layer(self, index: int, bits: int) -> Layer:
         config, prefix = self.config, f"model.layers.{index}."
         d, inner = config.hidden_size, config.intermediate_size
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
         return Layer(
-            input_norm=self.tensor(f"{prefix}input_layernorm.weight", d),
+            input_norm=self._norm(f"{prefix}input_layernorm.weight", bits),
             qkv=self._linear(
-                attention, {"q_proj": q, "k_proj": kv, "v_proj": kv}, d, config.qkv_bias
+                attention, {"q_proj": q, "k_proj": kv, "v_proj": kv}, d, config.qkv_bias, bits
             ),
             qk_norm=self._qk_norm(attention),
-            output=self._linear(attention, {"o_proj": d}, q, config.output_bias),
-            post_norm=self.tensor(f"{prefix}post_attention_layernorm.weight", d),
-            gate_up=self._linear(mlp, {"gate_proj": inner, "up_proj": inner}, d, config.mlp_bias),
-            down=self._linear(mlp, {"down_proj": d}, inner, config.mlp_bias),
+            output=self._linear(attention, {"o_proj": d}, q, config.output_bias, bits),
+            post_norm=self._norm(f"{prefix}post_attention_layernorm.weight", bits),
+            gate_up=self._linear(
+                mlp, {"gate_proj": inner, "up_proj": inner}, d, config.mlp_bias, bits, gated=True
+            ),
+            down=self._linear(mlp, {"down_proj": d}, inner, config.mlp_bias, bits),
         )
 
-    def _linear(self, prefix: str, parts: dict[str, int], inputs: int, bias: bool) -> Linear:
+    def _norm(self, name: str, bits: int) -> Tensor:
+        norm = self.tensor(name, self.config.hidden_size)
+        return norm.float() if bits else norm
+
+    def _linear(
+        self,
+        prefix: str,
+        parts: dict[str, int],
+        inputs: int,
+        bias: bool,
+        bits: int,
+        *,
+        gated: bool = False,
+    ) -> AnyLinear:
         """Fuse parts that share their input: their outputs, in order, become one linear's."""
-        weights = [
-            self.tensor(f"{prefix}{part}.weight", out, inputs) for part, out in parts.items()
-        ]
-        biases = [self.tensor(f"{prefix}{part}.bias", out) for part, out in parts.items() if bias]
-        return Linear(_cat(weights), _cat(biases) if biases else None)
+        # What is rounded to few bits should not have been rounded to the dtype before.
+        dtype = torch.float32 if bits else self.dtype
+
+        def read(name: str, *shape: int) -> Tensor:
+            return self.files.tensor(name, shape, dtype, self.device)
+
+        weights = [read(f"{prefix}{part}.weight", out, inputs) for part, out in parts.items()]
+        biases = [read(f"{prefix}{part}.bias", out) for part, out in parts.items() if bias]
+        bias_of_all = _cat(biases) if biases else None
+        return make_linear(_cat(weights), bias_of_all, bits=bits, gated=gated)
 
     def _qk_norm(self, prefix: str) -> Tensor | None:
         if not self.config.qk_norm:

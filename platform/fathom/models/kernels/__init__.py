@@ -1,0 +1,1 @@
+"""Our own CPU kernels, and how they are compiled: what torch has none for."""
