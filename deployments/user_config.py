@@ -11,6 +11,9 @@ how the application was deployed:
   So the deployments are given to the controller as they stand, with their versions.
 
 Both speak to Serve's controller in its own, private terms, which this file alone knows.
+
+A deployment that follows its load is given back without ``initial_replicas``: Serve would set it to
+that size at every change of its settings, however many replicas the load needs by then.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import Any
 import ray
 from ray.serve._private.deploy_utils import get_deploy_args
 from ray.serve._private.deployment_info import DeploymentInfo
+from ray.serve.config import AutoscalingConfig
 from ray.serve.context import _get_global_client
 from ray.serve.generated import serve_pb2
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
@@ -44,7 +48,7 @@ def set_user_config(
     """Give deployments of an application another ``user_config``, all at once.
 
     Serve tells their replicas within about a second, and every one that starts later before it
-    takes a request.
+    takes a request. No pool changes its size by it.
 
     Args:
         user_config: as JSON can hold it.
@@ -54,13 +58,15 @@ def set_user_config(
     """
     controller = _controller()
     details = ray.get(controller.get_serve_instance_details.remote())
+    infos = _deployments(application)
+    scaling = {name: _at_any_size(infos[name]) for name in deployments}
     if details["applications"][application]["source"] == "declarative":
-        applied = _declared(controller, details, application, deployments, user_config)
+        applied = _declared(controller, details, application, scaling, user_config)
         ray.get(controller.apply_config.remote(applied))
         return
-    infos = _deployments(application)
     for name in deployments:
         infos[name].deployment_config.user_config = dict(user_config)
+        infos[name].deployment_config.autoscaling_config = scaling[name]
     external = bool(ray.get(controller.get_external_scaler_enabled.remote(application)))
     settings = _messages.ApplicationArgs(external_scaler_enabled=external)
     ray.get(
@@ -80,6 +86,12 @@ def _deployments(application: str) -> dict[str, DeploymentInfo]:
     """An application's deployments by name; each a copy."""
     found = ray.get(_controller().list_deployments_internal.remote())
     return {id.name: info for id, (info, _) in found.items() if id.app_name == application}
+
+
+def _at_any_size(info: DeploymentInfo) -> AutoscalingConfig | None:
+    """How a deployment follows its load, whatever its size; None if it does not."""
+    own = info.deployment_config.autoscaling_config
+    return own and own.model_copy(update={"initial_replicas": None})
 
 
 def _as_it_stands(name: str, info: DeploymentInfo) -> bytes:
@@ -109,10 +121,14 @@ def _declared(
     controller: Any,
     details: Mapping[str, Any],
     application: str,
-    deployments: Collection[str],
+    scaling: Mapping[str, AutoscalingConfig | None],
     user_config: Mapping[str, Any],
 ) -> ServeDeploySchema:
-    """What ``serve deploy`` last applied, with another ``user_config``."""
+    """What ``serve deploy`` last applied, with another ``user_config``.
+
+    Args:
+        scaling: of the deployments that get it.
+    """
     configs: Mapping[str, ServeApplicationSchema] = ray.get(controller.get_app_configs.remote())
     found = []
     for name, config in configs.items():
@@ -121,8 +137,11 @@ def _declared(
         body = config.model_dump(exclude_unset=True)
         if name == application:
             own = {each["name"]: each for each in body.get("deployments", [])}
-            for each in deployments:
-                own.setdefault(each, {"name": each})["user_config"] = dict(user_config)
+            for each, at_any_size in scaling.items():
+                changed = own.setdefault(each, {"name": each})
+                changed["user_config"] = dict(user_config)
+                if at_any_size is not None and "num_replicas" not in changed:
+                    changed["autoscaling_config"] = at_any_size.model_dump(mode="json")
             body["deployments"] = list(own.values())
         found.append(body)
     return ServeDeploySchema.model_validate(

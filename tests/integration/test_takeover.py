@@ -13,6 +13,8 @@ import pytest
 import ray
 from openai import OpenAI
 from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
 
 from deployments.user_config import user_config_of
 from fathom.engine.build import build_engine
@@ -64,11 +66,20 @@ def two(server: TestServer, model: Path) -> Iterator[TestServer]:
     serve.delete(APPLICATION)
 
 
-def replicas() -> set[str]:
-    """Names of the application's replicas of all kinds; one that is started anew has another."""
-    prefix = f"SERVE_REPLICA::{APPLICATION}#"
+def replicas(application: str = APPLICATION) -> set[str]:
+    """Names of an application's replicas of all kinds; one that is started anew has another."""
+    prefix = f"SERVE_REPLICA::{application}#"
     actors = ray.util.list_named_actors(all_namespaces=True)
     return {each["name"] for each in actors if each["name"].startswith(prefix)}
+
+
+def revisions(application: str, *kinds: str) -> list[object]:
+    """``points_revision`` of all replicas."""
+    found: list[object] = []
+    for kind in kinds:
+        asked = serve.get_deployment_handle(kind, application).broadcast("points_revision")
+        found += asked.results(return_exceptions=True)
+    return found
 
 
 def change(server: TestServer, route: str = "", **body: Any) -> dict[str, Any]:
@@ -93,6 +104,11 @@ def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+def is_ready(server: TestServer) -> bool:
+    with server.http() as http:
+        return http.get("/ready").status_code == 200
 
 
 class Traffic:
@@ -197,15 +213,8 @@ def test_what_starts_later_has_the_points(two: TestServer, points: OperatingPoin
     for name in killed:
         ray.kill(ray.get_actor(name, namespace="serve"))
 
-    def revisions() -> list[object]:
-        found: list[object] = []
-        for kind in kinds:
-            asked = serve.get_deployment_handle(kind, APPLICATION).broadcast("points_revision")
-            found += asked.results(return_exceptions=True)
-        return found
-
     wait_until(lambda: len(replicas()) == 4 and not killed & replicas())
-    wait_until(lambda: revisions() == [revision] * 4)
+    wait_until(lambda: revisions(APPLICATION, *kinds) == [revision] * 4)
     with two.openai() as client:
         assert {ask(client, two.model) for _ in range(6)} == {"draft"}
 
@@ -237,9 +246,6 @@ def test_a_deployed_file_takes_points_over_and_back(
     server: TestServer, model: Path, points: OperatingPoints
 ) -> None:
     """As ``serve deploy`` does it, with shallow and deep replicas apart."""
-    from ray.serve.context import _get_global_client
-    from ray.serve.schema import ServeDeploySchema
-
     body = {
         "name": "declared",
         "import_path": "deployments.app:build",
@@ -251,15 +257,6 @@ def test_a_deployed_file_takes_points_over_and_back(
     file = ServeDeploySchema.model_validate({"applications": [body]})
     client: Any = _get_global_client()
     own = TestServer(url=f"{server.url}/declared", model=str(model))
-    prefix = "SERVE_REPLICA::declared#"
-
-    def names() -> set[str]:
-        actors = ray.util.list_named_actors(all_namespaces=True)
-        return {each["name"] for each in actors if each["name"].startswith(prefix)}
-
-    def ready() -> bool:
-        with own.http() as http:
-            return http.get("/ready").status_code == 200
 
     def default() -> Any:
         with own.http() as http:
@@ -267,8 +264,8 @@ def test_a_deployed_file_takes_points_over_and_back(
 
     try:
         client.deploy_apps(file)
-        wait_until(ready, 180)
-        before = names()
+        wait_until(lambda: is_ready(own), 180)
+        before = replicas("declared")
         assert len(before) == 3
         assert change(own, "", points=points.as_dict(), default="draft")["default"] == "draft"
         with own.openai() as openai:
@@ -277,6 +274,64 @@ def test_a_deployed_file_takes_points_over_and_back(
         assert details.status == "RUNNING"
         client.deploy_apps(file)  # the file is the truth when it is deployed again
         wait_until(lambda: default() is None)
-        assert names() == before
+        assert replicas("declared") == before
     finally:
         serve.delete("declared")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("how", ["run", "deploy"])
+def test_a_pool_that_follows_its_load_keeps_its_size(
+    server: TestServer, model: Path, points: OperatingPoints, how: str
+) -> None:
+    """Shallow replicas with a deep one beside each, as many as the load needs."""
+    from deployments.app import build
+
+    name = f"follows-{how}"
+    body = arguments(
+        model,
+        topology="disaggregated",
+        placement="beside",
+        shallow={
+            "cpus": 0.3, "max_replicas": 2, "target": 2, "look_back_s": 2, "upscale_delay_s": 0.5,
+            "downscale_delay_s": 3,
+        },
+        deep={"cpus": 0.3},
+    )  # fmt: skip
+    own = TestServer(url=f"{server.url}/{name}", model=str(model))
+
+    def shallow() -> int:
+        found = serve.status().applications[name].deployments["Shallow"]
+        return found.replica_states.get("RUNNING", 0)
+
+    try:
+        if how == "run":
+            serve.run(build(body), name=name, route_prefix=f"/{name}")
+        else:
+            declared = {
+                "name": name, "import_path": "deployments.app:build", "route_prefix": f"/{name}",
+                "args": body,
+            }  # fmt: skip
+            client: Any = _get_global_client()
+            client.deploy_apps(ServeDeploySchema.model_validate({"applications": [declared]}))
+        wait_until(lambda: is_ready(own), 180)
+        with Traffic(own):
+            wait_until(lambda: shallow() == 2, 180)
+            before = replicas(name)
+            assert change(own, "", points=points.as_dict(), default="draft")["default"] == "draft"
+            (revision,) = set(revisions(name, "Ingress", "Shallow"))
+            assert revision == user_config_of(name, "Ingress")["revision"]
+            calm = time.monotonic() + 5  # Serve would have let one go by then
+            while time.monotonic() < calm:
+                assert replicas(name) == before
+                time.sleep(0.2)
+        wait_until(lambda: len(replicas(name)) == 2, 120)  # of each kind one
+        left = replicas(name)
+        with Traffic(own) as traffic:
+            wait_until(lambda: shallow() == 2, 180)
+            assert len(replicas(name) - left) == 1
+            wait_until(lambda: revisions(name, "Ingress", "Shallow") == [revision] * 3)
+        assert set(traffic.points) == {point for _, _, point in traffic.streams} == {"draft"}
+    finally:
+        serve.delete(name)
