@@ -7,7 +7,7 @@ query heads that share a KV head are laid out as extra query rows: measured 2-4x
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -61,11 +61,7 @@ class SdpaBackend:
 
     def plan(self, batch: RaggedBatch, pool: KVPool, num_heads: int) -> Attend:
         """Prepare one pass: groups, block ids and masks."""
-        counts = [rows.num_rows for rows in batch.sequences]
-        placed = [
-            _Placed(first, rows)
-            for first, rows in zip(accumulate(counts, initial=0), batch.sequences, strict=False)
-        ]
+        placed = _placed(batch)
         heads_per_kv = num_heads // pool.num_kv_heads
         groups = [
             _plan_group(members, placed, pool, heads_per_kv) for members in _partition(placed)
@@ -86,6 +82,35 @@ class SdpaBackend:
             return out.reshape(len(q), -1)
 
         return attend
+
+    def plan_some(
+        self, batch: RaggedBatch, pool: KVPool, num_heads: int, chosen: Sequence[bool]
+    ) -> Callable[[int, torch.Tensor, torch.Tensor], None]:
+        """Prepare attention for some sequences of a batch whose keys and values are stored already.
+
+        Args:
+            chosen: which of the batch's sequences, not all of them.
+
+        Returns:
+            ``attend(layer, q, out)``, which fills these sequences' rows of ``out``, [rows, H, D].
+        """
+        placed = _placed(batch)
+        some = [each for each, is_chosen in zip(placed, chosen, strict=True) if is_chosen]
+        heads_per_kv = num_heads // pool.num_kv_heads
+        groups = [_plan_group(own, placed, pool, heads_per_kv) for own in _partition(some)]
+
+        def attend(layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
+            for group in groups:
+                assert group.out_rows is not None and group.out_index is not None
+                out[group.out_rows] = _attend_group(group, layer, q, pool)[group.out_index]
+
+        return attend
+
+
+def _placed(batch: RaggedBatch) -> list[_Placed]:
+    counts = [rows.num_rows for rows in batch.sequences]
+    firsts = accumulate(counts, initial=0)
+    return [_Placed(first, rows) for first, rows in zip(firsts, batch.sequences, strict=False)]
 
 
 def _partition(placed: Sequence[_Placed]) -> list[list[_Placed]]:

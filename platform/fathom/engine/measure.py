@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 
 from fathom.attention.backend import SequenceRows
+from fathom.attention.paged import backend_for
 from fathom.attention.pool import KVPool
-from fathom.attention.sdpa import SdpaBackend
 from fathom.engine.costs import PROBE_ROWS, CostCurve, StageCosts
 from fathom.engine.stage import Stage
 from fathom.models.decoder import Decoder
@@ -46,7 +46,7 @@ def new_stage(
         dtype=decoder.dtype,
         device=decoder.device,
     )
-    return Stage(decoder, first, last, pool, SdpaBackend(), exit_layers)
+    return Stage(decoder, first, last, pool, backend_for(pool), exit_layers)
 
 
 def measure_stage_costs(

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fathom.kernels.compiled import optional_library
+
 # The row count that oneDNN lays the weight out for. One layout serves every row count; these were
 # the best or close to it at 1 to 64 rows on one thread (135M model, AVX-512): bfloat16 at 1 row
 # 36 -> 18 ms a pass, at 8 rows 42 -> 21 ms; float32 at 8 rows 86 -> 38 ms.
@@ -68,6 +70,20 @@ def padding_of(linear: AnyLinear, rows: int) -> int:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension of ``x``, with transformers' roundings."""
+    kernels = optional_library() if x.device.type == "cpu" and x.dim() == 2 else None
+    if kernels is not None and x.dtype in (torch.float32, torch.bfloat16) and x.stride(1) == 1:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        kernels.fathom_rms_norm(
+            x.data_ptr(),
+            x.dtype is torch.bfloat16,
+            len(x),
+            x.stride(0),
+            x.shape[1],
+            weight.data_ptr(),
+            eps,
+            out.data_ptr(),
+        )
+        return out
     # Without a weight, F.rms_norm computes in float32 and rounds once; multiplying afterwards
     # rounds where transformers does. Given the weight, it would skip the first rounding.
     return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)

@@ -3,8 +3,8 @@
 Each row of a weight is cut into groups of 32. A group's weights become ``d * q + m``, q an integer
 in [0, 2^bits), d and m half precision: llama.cpp's Q4_1, so that a model out of such a file loses
 nothing more here. Activations are rounded to 8 bits, a scale for every 32 of a row, as in
-llama.cpp. ``kernels/low_bit.cpp`` says what is computed; a row's result does not depend on the rows
-beside it, bit for bit, so mode ``exact`` gives what ``full`` gives at any load.
+llama.cpp. ``fathom/kernels/low_bit.cpp`` says what is computed. A row's result does not depend on
+the rows beside it, bit for bit.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fathom.kernels.compiled import Weight, library
 from fathom.models.errors import ModelError
-from fathom.models.kernels.compiled import Weight, library
 from fathom.models.linear import AnyLinear, Linear
 
 GROUP = 32

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from fathom.kernels.compiled import optional_library
+
 SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
@@ -109,5 +111,19 @@ def rotate_(heads: Tensor, cos: Tensor, signed_sin: Tensor) -> None:
     Args:
         heads: [rows, H, D]. cos, signed_sin: [rows, 1, D], from ``RotaryEmbedding``.
     """
+    kernels = optional_library() if heads.device.type == "cpu" else None
+    if kernels is not None and heads.dtype in (torch.float32, torch.bfloat16):
+        rows, count, dim = heads.shape
+        kernels.fathom_rotate(
+            heads.data_ptr(),
+            heads.dtype is torch.bfloat16,
+            rows,
+            heads.stride(0),
+            count,
+            dim,
+            cos.data_ptr(),
+            signed_sin.data_ptr(),
+        )
+        return
     rolled = heads.roll(heads.shape[-1] // 2, -1).mul_(signed_sin)
     heads.mul_(cos).add_(rolled)

@@ -15,9 +15,9 @@
 // Layout of the scales: [block][group][d, m][32 outputs].
 
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <vector>
+
+#include "numbers.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
@@ -50,52 +50,17 @@ struct Rows {
   std::vector<float> sums;
 };
 
-inline float from_bfloat16(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, 4);
-  return value;
-}
-
-inline uint16_t to_bfloat16(float value) {  // to the nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
-  return static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40 : rounded);
-}
-
 inline float load(const void* base, int64_t index, bool is_bfloat16) {
-  return is_bfloat16 ? from_bfloat16(static_cast<const uint16_t*>(base)[index])
+  return is_bfloat16 ? to_float(static_cast<const bfloat16*>(base)[index])
                      : static_cast<const float*>(base)[index];
 }
 
 inline void store(void* base, int64_t index, bool is_bfloat16, float value) {
   if (is_bfloat16) {
-    static_cast<uint16_t*>(base)[index] = to_bfloat16(value);
+    assign(static_cast<bfloat16*>(base)[index], value);
   } else {
     static_cast<float*>(base)[index] = value;
   }
-}
-
-// e^x to 2 units in the last place, by a polynomial that compilers can vectorise: 2^n e^r with
-// |r| <= ln(2) / 2 (Cephes' expf).
-inline float exp_of(float x) {
-  x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
-  const float shifted = x * 1.44269504f + 12582912.0f;  // rounds to an integer in the low bits
-  const float n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float y = 1.9875691500e-4f;
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * r * r + r + 1.0f;
-  const int32_t power = (static_cast<int32_t>(n) + 127) << 23;
-  float scale;
-  std::memcpy(&scale, &power, 4);
-  return y * scale;
 }
 
 inline float silu(float x) { return x / (1.0f + exp_of(-x)); }
@@ -148,9 +113,9 @@ void quantize(const void* x, bool is_bfloat16, int64_t rows, int64_t inputs, int
     static thread_local std::vector<float> values;
     values.resize(inputs);
     if (is_bfloat16) {
-      const uint16_t* own = static_cast<const uint16_t*>(x) + row * stride;
+      const bfloat16* own = static_cast<const bfloat16*>(x) + row * stride;
 #pragma omp simd
-      for (int64_t i = 0; i < inputs; ++i) values[i] = from_bfloat16(own[i]);
+      for (int64_t i = 0; i < inputs; ++i) values[i] = to_float(own[i]);
     } else {
       std::memcpy(values.data(), static_cast<const float*>(x) + row * stride, inputs * 4);
     }

@@ -1,0 +1,1 @@
+"""Our own CPU kernels in C++, compiled for the machine: what torch has none for."""

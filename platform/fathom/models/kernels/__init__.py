@@ -1,1 +1,0 @@
-"""Our own CPU kernels, and how they are compiled: what torch has none for."""
