@@ -106,9 +106,10 @@ class ServeTakeover:
         raise not_all_yet(TAKEN_S)
 
     def _settled(self) -> bool:
-        found = serve.status().applications[self._application].deployments
+        application = serve.status().applications.get(self._application)
+        found = application.deployments if application else {}  # none while it is built anew
         names = (self._ingress, self._engine.deployment_name)
-        return all(found[name].status != "UPDATING" for name in names)
+        return all(name in found and found[name].status != "UPDATING" for name in names)
 
     async def _ask(self, handle: DeploymentHandle, method: str, *args: object) -> list[object]:
         """The answers of all replicas, errors among them; none if there are no replicas."""

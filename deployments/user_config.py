@@ -134,16 +134,44 @@ def _declared(
     for name, config in configs.items():
         if details["applications"].get(name, {}).get("source") != "declarative":
             continue  # it is ``serve.run``'s now, or gone
-        body = config.model_dump(exclude_unset=True)
         if name == application:
-            own = {each["name"]: each for each in body.get("deployments", [])}
-            for each, at_any_size in scaling.items():
-                changed = own.setdefault(each, {"name": each})
-                changed["user_config"] = dict(user_config)
-                if at_any_size is not None and "num_replicas" not in changed:
-                    changed["autoscaling_config"] = at_any_size.model_dump(mode="json")
-            body["deployments"] = list(own.values())
-        found.append(body)
+            found.append(with_user_config(config, scaling, user_config))
+        else:
+            found.append(config.model_dump(exclude_unset=True))
     return ServeDeploySchema.model_validate(
         {"applications": found, "target_capacity": details.get("target_capacity")}
+    )
+
+
+def with_user_config(
+    config: ServeApplicationSchema,
+    scaling: Mapping[str, AutoscalingConfig | None],
+    user_config: Mapping[str, Any],
+) -> dict[str, Any]:
+    """An application's file with another ``user_config``; its code version stays what it is.
+
+    Args:
+        scaling: of the deployments that get it; see ``set_user_config``.
+    """
+    body: dict[str, Any] = config.model_dump(exclude_unset=True)
+    own = {each["name"]: each for each in body.get("deployments", [])}
+    for name, at_any_size in scaling.items():
+        changed = own.setdefault(name, {"name": name})
+        changed["user_config"] = dict(user_config)
+        if at_any_size is None or "num_replicas" in changed:
+            continue
+        if _has_own_scaling(config, name):
+            changed["autoscaling_config"]["initial_replicas"] = None
+        else:
+            # Not as a mapping: the policy of one is part of the code version.
+            changed["autoscaling_config"] = at_any_size
+    body["deployments"] = list(own.values())
+    return body
+
+
+def _has_own_scaling(config: ServeApplicationSchema, deployment: str) -> bool:
+    """Whether a file says how a deployment follows its load; not we, at an earlier promotion."""
+    return any(
+        each.name == deployment and isinstance(each.autoscaling_config, dict)
+        for each in config.deployments
     )
