@@ -30,6 +30,7 @@ from fathom.models.resolve import resolve_model
 
 APP_NAME = "fathom"
 CLASSIFIER_CPUS = 1
+_QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
 class ServerError(RuntimeError):
@@ -83,15 +84,10 @@ def start(application: Application, config: ServeConfig) -> Server:
     owns_ray = not ray.is_initialized()
     if owns_ray:
         start_ray(cores_for(config))
-    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
-        serve.start(
-            proxy_location="HeadOnly",
-            http_options={"host": config.host, "port": config.port},
-            logging_config=quiet,
-        )
-        _deploy(application, config, quiet)
+        start_http(config.host, config.port)
+        deploy(application, config)
         host = "127.0.0.1" if config.host in ("0.0.0.0", "::", "localhost") else config.host
         url = f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
         _wait_until_up(url)
@@ -167,31 +163,47 @@ def start_ray(cpus: int) -> None:
         os.umask(umask)
 
 
-def _deploy(application: Application, config: ServeConfig, quiet: LoggingConfig) -> None:
-    """Deploy, and wait until all replicas are up or one has failed for good."""
+def start_http(host: str, port: int) -> None:
+    """Start Serve, with HTTP on the head node; a Serve that is up already stays as it is."""
+    serve.start(
+        proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=_QUIET
+    )
+
+
+def deploy(
+    application: Application, config: ServeConfig, *, name: str = APP_NAME, prefix: str = "/"
+) -> None:
+    """Deploy, and wait until all replicas are up or one has failed for good.
+
+    Args:
+        name: of the application. prefix: of its paths.
+
+    Raises:
+        ServerError: if it does not come up in ``startup_timeout_s``, with the reason.
+    """
     failure: list[BaseException] = []
 
-    def deploy() -> None:
+    def run() -> None:
         try:
-            serve.run(application, name=APP_NAME, route_prefix="/", logging_config=quiet)
+            serve.run(application, name=name, route_prefix=prefix, logging_config=_QUIET)
         except BaseException as error:
             failure.append(error)
 
     # serve.run has no time limit of its own.
-    thread = threading.Thread(target=deploy, name="fathom-deploy", daemon=True)
+    thread = threading.Thread(target=run, name="fathom-deploy", daemon=True)
     thread.start()
     thread.join(config.startup_timeout_s)
     if thread.is_alive():
         raise ServerError(
-            f"The server was not up after {config.startup_timeout_s:g} s: {_status()}"
+            f"The server was not up after {config.startup_timeout_s:g} s: {_status(name)}"
         )
     if failure:
-        raise ServerError(f"The server did not come up: {_status() or failure[0]}")
+        raise ServerError(f"The server did not come up: {_status(name) or failure[0]}")
 
 
-def _status() -> str:
+def _status(name: str) -> str:
     """Serve's words about what is wrong, innermost reason last."""
-    application = serve.status().applications.get(APP_NAME)
+    application = serve.status().applications.get(name)
     if application is None:
         return ""
     messages = [application.message]

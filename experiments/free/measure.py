@@ -27,7 +27,8 @@ from fathom.evaluation.partial import Partial
 from fathom.evaluation.run import Load
 from fathom.evaluation.session import FULL, Session
 from fathom.evaluation.tasks import Item
-from fathom.tuning.live import Served, rescore
+from fathom.tuning.live import rescore
+from fathom.tuning.live_figures import Served
 from fathom.tuning.operating_points import compute_fields
 
 _ROUND = 2

@@ -12,6 +12,7 @@ from typing import Any
 
 from fathom.commands.tune_live import LiveRuns
 from fathom.tuning.finalists import Finalist, run_finalist
+from fathom.tuning.live_setting import InProcess
 from fathom.tuning.objective import compute_of, with_first_threshold
 from fathom.tuning.study import Study
 from fathom.tuning.study_live import Live
@@ -64,7 +65,7 @@ def main() -> None:
         compute = compute_of(setting, parts[0].rows.source.exit_cost)
         compute = with_first_threshold(compute, parts[0].first)
         name = " ".join(str(value) for value in point.values())
-        found = run_finalist(study, Finalist(number, name, setting, compute), parts)
+        found = run_finalist(InProcess(study), Finalist(number, name, setting, compute), parts)
         rows += found.errors()
         own = {row["figure"]: row for row in found.errors()}
         exits, quality, speedup = (own[key] for key in ("exit_rate", "quality", "speedup"))

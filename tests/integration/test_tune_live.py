@@ -28,7 +28,12 @@ def tune(folder: Path, finalists: int) -> dict[str, Any]:
         "evaluate": "live",
         "objectives": ["quality", "budget"],
         # All tokens leave, or about half of them: neither dominates the other.
-        "space": {"mode": "free", "exit_threshold": [0.0, 0.004], "max_num_seqs": 4},
+        "space": {
+            "mode": "free",
+            "exit_threshold": [0.0, 0.004],
+            "max_num_seqs": 4,
+            "flush_rule": "eager",
+        },
         "searcher": "grid",
         "live": {"prompts": ["p.jsonl"], "requests": 4, "new_tokens": 8},
         "finalists": finalists,
@@ -57,6 +62,7 @@ def test_trials_and_finalists_run_the_engine_once(
     full = json.loads(live["full.json"][1])
     for row in report["front"]:
         assert row["setting"]["max_num_seqs"] == 4
+        assert row["setting"]["flush_rule"] == "eager"
         assert row["full_tokens_per_s"] == full["tokens_per_s"]
         assert (
             (row["exit_rate"] == 1)
@@ -80,6 +86,7 @@ def test_trials_and_finalists_run_the_engine_once(
     experiment = client.get_experiment_by_name("fathom-tune")
     assert experiment is not None
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert all('"flush_rule": "eager"' in point.note for point in points.values())
     for row in rows:
         assert row["ci_low"] <= row["live"] <= row["ci_high"]
         run = runs[f"live-{row['trial']:05d}"]

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from fathom.commands.options import UsageError, add_command
 from fathom.commands.reports import check_output, machine, write_json
+from fathom.commands.tune_table import show
 
 if TYPE_CHECKING:
     from fathom.commands.tune_live import LiveRuns
     from fathom.tuning.finalists import Verified
     from fathom.tuning.ledger import Trial
     from fathom.tuning.operating_points import OperatingPoints
+    from fathom.tuning.runner import Runner
     from fathom.tuning.study import Study
     from fathom.tuning.study_runs import StudyRuns
     from fathom.tuning.study_traces import Traces
@@ -57,8 +59,17 @@ study.yaml:
     new_tokens: 64
   finalists: 4                             # of the points; the replay's error is reported
   evaluate: replay                         # live: trials run the engine, and the space may have
-                                           #   threads, max_num_seqs, max_num_batched_tokens; the
-                                           #   objectives may have throughput
+                                           #   threads, max_num_seqs, max_num_batched_tokens and
+                                           #   flush_rule: [rate, full, eager]; the objectives may
+                                           #   have throughput
+
+how many shallow and deep replicas? each trial starts an application on Ray Serve and loads it:
+  evaluate: served
+  live: {prompts: [p.jsonl], cpus: 2}      # cores of all its replicas, an equal share each
+  objectives: [throughput, tpot]
+  space: {replica_ratio: ["1:1", "2:1", "1:2", fused], max_num_seqs: 8}   # requests under way
+  searcher: grid
+A point's note has its ratio, and the options by which `fathom serve` runs the same.
 
 several exits in one study, each with a file of points of its own, in place of traces:
   exits:
@@ -132,11 +143,11 @@ def run(args: argparse.Namespace) -> int:
             # What it does to its own tables is nobody's business.
             logging.getLogger("alembic").setLevel(logging.WARNING)
             runs = stack.enter_context(StudyRuns(study, args.study, traces, work_dir, args.mlflow))
-        stack.enter_context(_cluster())
-        trials = _search(study, traces, work_dir, args.parallel, runs, live)
+        runner = stack.enter_context(_runner(study if live is None else live.study, work_dir))
+        trials = _search(study, traces, work_dir, args.parallel, runs, live, runner)
 
         def verify(points: Mapping[str, OperatingPoints]) -> Sequence[Verified]:
-            return [] if live is None else live.verify(trials, points, args.parallel, runs)
+            return [] if live is None else live.verify(runner, trials, points, args.parallel, runs)
 
         report = _finish(study, traces, trials, out, verify)
         report["seconds"] = round(time.perf_counter() - start, 3)
@@ -150,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
             runs.finish(trials, [work_dir / "front.json", *written], drawn.files)
     if args.json is not None:
         write_json(args.json, {"meta": machine(), **report})
-    return _show(study, report)
+    return show(study, report)
 
 
 def _check_installed(mlflow: str) -> None:
@@ -164,17 +175,24 @@ def _check_installed(mlflow: str) -> None:
 
 
 @contextlib.contextmanager
-def _cluster() -> Iterator[None]:
-    """Ray, which is left as it was."""
+def _runner(study: Study, work_dir: Path) -> Iterator[Runner]:
+    """Ray, which is left as it was, and what runs settings live on it."""
+    if study.is_served:
+        from deployments.trials import applications
+
+        with applications(study, work_dir) as served:
+            yield served
+        return
     import ray
 
     from deployments.cluster import start_ray
+    from fathom.tuning.live_setting import InProcess
 
     started = not ray.is_initialized()
     try:
         if started:
             start_ray(0)
-        yield
+        yield InProcess(study)
     finally:
         if started:
             ray.shutdown()
@@ -209,6 +227,7 @@ def _search(
     parallel: int,
     runs: StudyRuns | None,
     live: LiveRuns | None,
+    runner: Runner,
 ) -> list[Trial]:
     """Run what is left of the trials, with a line of progress."""
     from rich.console import Console
@@ -223,7 +242,7 @@ def _search(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("hypervolume {task.fields[volume]:.4f}"),
     )  # fmt: skip
-    on_engine = live.for_trials() if live is not None and study.runs_live else None
+    on_engine = live.for_trials(runner) if live is not None and study.runs_live else None
     with Progress(*columns, console=Console(stderr=True), refresh_per_second=2) as progress:
         task = progress.add_task(study.name, total=study.total, volume=0.0)
 
@@ -283,54 +302,3 @@ def _save(points: Mapping[str, OperatingPoints], out: Path) -> list[str]:
 def points_file(out: Path, name: str) -> Path:
     """Where the points of an exit go; those of a study's only one are in ``out`` itself."""
     return out.with_name(f"{out.stem}-{name}{out.suffix}") if name else out
-
-
-def _show(study: Study, report: Mapping[str, Any]) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    console.width = max(console.width, 110)
-    done = f"{study.name}: {report['trials']} trials in {report['seconds']:.1f} s"
-    if not report["front"]:
-        console.print(
-            f"{done}; none keeps to the constraints: loosen them, or widen the space.",
-            highlight=False,
-        )
-        return 1
-    table = Table(
-        title=f"{done}; hypervolume {report['hypervolume']:.4f}; figures of held-out requests",
-        title_justify="left",
-    )
-    for heading in ("point", "mode", "policy", "confidence", "λ or budget"):
-        table.add_column(heading)
-    for heading in ("stack", "agreement", "exits", "cost", "TPOT (ms)", "speed-up"):
-        table.add_column(heading, justify="right")
-    points = [row for row in report["front"] if row["point"]]
-    for row in points:
-        setting, own = row["setting"], row["held_out"]
-        place = setting.get("exit_threshold", setting.get("budget"))
-        table.add_row(
-            row["point"], setting["mode"], setting["policy"], setting["confidence"],
-            "follows" if place is None else f"{place:.3f}", str(setting["max_stack"]),
-            f"{own['agreement']:.2%}", f"{own['exit_rate']:.1%}", f"{own['budget']:.3f}",
-            f"{own['predicted_tpot_ms']:.2f}", f"{own['predicted_speedup']:.2f}",
-        )  # fmt: skip
-    console.print(table)
-    if len(points) < len(report["front"]):
-        console.print(
-            f"{len(points)} of {len(report['front'])} on the front are kept as points (max_points)",
-            highlight=False,
-        )
-    for name, reason in report["figures_skipped"].items():
-        console.print(f"no figure {name}: {reason}", highlight=False)
-    if report["replay_error"]:
-        from fathom.commands.tune_live import show_errors
-
-        show_errors(console, report["replay_error"])
-    elif study.finalists and not study.live.prompts:
-        console.print("nothing ran live: live.prompts names the traces' prompts", highlight=False)
-    for name in report["points_files"]:
-        console.print(f"{name}: serve it by `fathom serve --operating-points {name}`",
-                      highlight=False)  # fmt: skip
-    return 0

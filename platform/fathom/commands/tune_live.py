@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
     from fathom.tuning.finalists import Verified
     from fathom.tuning.ledger import Trial
-    from fathom.tuning.live import Ids
-    from fathom.tuning.live_setting import LiveTrials
+    from fathom.tuning.live_figures import Ids
     from fathom.tuning.operating_points import OperatingPoints
+    from fathom.tuning.runner import LiveTrials, Runner
     from fathom.tuning.study import Study
     from fathom.tuning.study_runs import StudyRuns
     from fathom.tuning.study_traces import Traces
@@ -25,7 +25,8 @@ class LiveRuns:
     """The live runs of a study whose prompts are read and checked.
 
     Attributes:
-        held_out: requests of finalists, by trace, exit by exit.
+        study: with its adapters where every process finds them.
+        parts: requests of trials, by trace, exit by exit. held_out: of finalists.
 
     Raises:
         UsageError: for prompts that cannot be read, or with their answers are too long.
@@ -36,22 +37,23 @@ class LiveRuns:
     def __init__(self, study: Study, folder: Path, traces: Traces, work_dir: Path) -> None:
         from fathom.tuning.live_parts import live_parts
 
-        self._study = study.located(folder)
+        self.study = study.located(folder)
         self._folder = work_dir / "live"
         files = _encode(study, folder, traces)
-        self._for_trials = live_parts(study, files, traces.parts)
+        self.parts = live_parts(study, files, traces.parts)
         self.held_out = live_parts(study, files, traces.held_out)
 
-    def for_trials(self) -> LiveTrials:
+    def for_trials(self, runner: Runner) -> LiveTrials:
         """What live trials need; mode ``full`` is run first, unless the work folder has it."""
         from fathom.tuning.finalists import full_figures
-        from fathom.tuning.live_setting import LiveTrials
+        from fathom.tuning.runner import LiveTrials
 
-        full = full_figures(self._study, self._for_trials, self._folder)
-        return LiveTrials(self._study, self._for_trials, full)
+        full = full_figures(runner, self.parts, self._folder)
+        return LiveTrials(runner, self.parts, full)
 
     def verify(
         self,
+        runner: Runner,
         trials: Sequence[Trial],
         points: Mapping[str, OperatingPoints],
         parallel: int,
@@ -69,13 +71,13 @@ class LiveRuns:
 
         from fathom.tuning.finalists import finalists, verify
 
-        wanted = finalists(self._study, trials, points)
+        wanted = finalists(self.study, trials, points)
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
             TimeElapsedColumn(),
         )  # fmt: skip
         with Progress(*columns, console=Console(stderr=True), refresh_per_second=2) as progress:
-            task = progress.add_task(f"{self._study.name}: finalists live", total=len(wanted))
+            task = progress.add_task(f"{self.study.name}: finalists live", total=len(wanted))
 
             def on_done(found: Verified) -> None:
                 progress.advance(task)
@@ -83,7 +85,7 @@ class LiveRuns:
                     runs.add_live(found)
 
             return verify(
-                self._study, wanted, self.held_out, self._folder,
+                runner, wanted, self.held_out, self._folder,
                 parallel=parallel, on_done=on_done,
             )  # fmt: skip
 

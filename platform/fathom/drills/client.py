@@ -137,8 +137,10 @@ class StreamClient:
                     self._coming_back.discard(request_id)
                 found.resumptions += resumed
                 resumed = False
-                if found.add(event) and found.first_s is None:
-                    found.first_s = time.perf_counter() - start
+                if found.add(event):
+                    found.last_s = time.perf_counter() - start
+                    if found.first_s is None:
+                        found.first_s, found.first_tokens = found.last_s, found.num_tokens
                 if found.done or found.error:
                     return ""
                 if self._stopped.is_set():

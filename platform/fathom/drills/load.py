@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fathom.drills.client import StreamClient
+from fathom.drills.client import CHAT, StreamClient
 from fathom.drills.transcript import Transcript
 
 
@@ -17,12 +17,13 @@ def run_load(
     *,
     concurrency: int,
     name: str,
+    path: str = CHAT,
     on_end: Callable[[int, Transcript], None] = lambda index, transcript: None,
 ) -> dict[int, Transcript]:
     """Run requests, each started as soon as one of ``concurrency`` places is free.
 
     Args:
-        name: of this load; requests are ``{name}-{index}``.
+        name: of this load; requests are ``{name}-{index}``. path: that they go to.
         on_end: called after each request, on any thread.
 
     Returns:
@@ -41,7 +42,7 @@ def run_load(
                 index = waiting.get_nowait()
             except queue.Empty:
                 return
-            transcript = client.stream(bodies[index], f"{name}-{index}")
+            transcript = client.stream(bodies[index], f"{name}-{index}", path)
             if interrupted.is_set():
                 return  # it did not fail: it was left alone
             found[index] = transcript

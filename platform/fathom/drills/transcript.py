@@ -47,8 +47,9 @@ class Transcript:
         breaks: when and how a connection ended before its stream, or brought none.
         reconnects: requests that were sent again. resumptions: those of them that went on after
             an event that was seen, and brought another.
-        usage: the server's, where it was asked for. first_s: seconds to the first event that
-            brought a token. seconds: to the end.
+        usage: the server's, where it was asked for. first_s, last_s: seconds to the first and the
+            last event that brought a token. seconds: to the end. first_tokens: tokens of the first,
+            where the request asked for ``depths``.
     """
 
     completions: dict[int, Completion] = field(default_factory=dict)
@@ -62,6 +63,8 @@ class Transcript:
     resumptions: int = 0
     usage: dict[str, Any] = field(default_factory=dict)
     first_s: float | None = None
+    first_tokens: int = 0
+    last_s: float = 0.0
     seconds: float = 0.0
 
     @property
@@ -91,6 +94,11 @@ class Transcript:
         for choice in body.get("choices", ()):
             self.completions.setdefault(choice["index"], Completion()).add(choice)
         return self._size() > before
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all completions, where the request asked for ``depths``."""
+        return sum(each.num_tokens for each in self.completions.values())
 
     def _size(self) -> int:
         return sum(len(each.text) + each.num_tokens for each in self.completions.values())

@@ -14,12 +14,13 @@ import ray
 
 from fathom.compute import ComputePolicy
 from fathom.tuning.ledger import Trial, write_whole
-from fathom.tuning.live import LiveFigures
+from fathom.tuning.live_figures import LiveFigures
 from fathom.tuning.live_parts import LivePart
 from fathom.tuning.objective import Figures
 from fathom.tuning.operating_points import OperatingPoints
 from fathom.tuning.rows import SAME
-from fathom.tuning.space import ENGINE, Setting
+from fathom.tuning.runner import Runner, filled, run_full
+from fathom.tuning.space import Setting
 from fathom.tuning.study import Study
 from fathom.tuning.study_live import ONLY
 from fathom.tuning.study_points import point_names, spanning
@@ -67,6 +68,7 @@ class Verified:
             "live_budget": _mean(each.budget.value for each in self.live),
             "live_tpot_ms": _mean(each.tpot_ms.value for each in self.live),
             "live_speedup": _mean(each.speedup.value for each in self.live),
+            "live_tokens_per_s": _mean(each.tokens_per_s for each in self.live),
             "live_requests": sum(each.requests for each in self.live),
             "live_tokens": sum(each.tokens for each in self.live),
         }
@@ -129,7 +131,7 @@ def finalists(
 
 
 def verify(
-    study: Study,
+    runner: Runner,
     wanted: Sequence[Finalist],
     parts: Sequence[LivePart],
     folder: Path,
@@ -139,7 +141,7 @@ def verify(
 ) -> list[Verified]:
     """Run finalists live, those that ``folder`` does not have yet; returns all, in their order.
 
-    Each is a task of Ray's that reserves a core for each of its engine's threads; Ray must be up.
+    Each is a task of Ray's that reserves what the runner says; Ray must be up.
 
     Args:
         parts: of held-out requests, of all exits.
@@ -151,7 +153,7 @@ def verify(
         FinalistError: naming the first that failed; what is done is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    files = {each.point: folder / f"{_key(study, each, parts)}.json" for each in wanted}
+    files = {each.point: folder / f"{_key(runner.study, each, parts)}.json" for each in wanted}
     done: dict[str, Verified] = {}
     waiting: list[Finalist] = []
     for each in wanted:
@@ -161,13 +163,14 @@ def verify(
         else:
             waiting.append(each)
     if waiting:
-        check_cores(max(_threads(study, each.setting) for each in waiting))
-        _run_all(study, waiting, parts, files, done, parallel, on_done)
+        check_cores(max(runner.resources(each.setting)["CPU"] for each in waiting))
+        parallel = min(filter(None, (parallel, runner.at_once)), default=0)
+        _run_all(runner, waiting, parts, files, done, parallel, on_done)
     return [done[each.point] for each in wanted]
 
 
 def _run_all(
-    study: Study,
+    runner: Runner,
     waiting: list[Finalist],
     parts: Sequence[LivePart],
     files: Mapping[str, Path],
@@ -182,8 +185,8 @@ def _run_all(
         while waiting or running:
             while waiting and (not parallel or len(running) < parallel):
                 each = waiting.pop(0)
-                own = task.options(num_cpus=_threads(study, each.setting), max_retries=0)
-                running[own.remote(study, each, shared)] = each
+                own = task.options(**_options(runner, each.setting))
+                running[own.remote(runner, each, shared)] = each
             ready, _ = ray.wait(list(running))
             each = running.pop(ready[0])
             try:
@@ -202,22 +205,21 @@ def _run_all(
             ray.cancel(reference, force=True)
 
 
-def full_figures(study: Study, parts: Sequence[LivePart], folder: Path) -> Figures:
+def full_figures(runner: Runner, parts: Sequence[LivePart], folder: Path) -> Figures:
     """What live trials are compared with (``run_full``), as a task of Ray's, once.
 
     Args:
         folder: keeps it.
     """
-    from fathom.tuning.live_setting import run_full
-
     path = folder / "full.json"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        dimensions = study.space.dimensions()
-        check_cores(max(dimensions["threads"].values or (int(dimensions["threads"].high),)))
-        task = ray.remote(run_full).options(num_cpus=dimensions["threads"].first, max_retries=0)
+        threads = runner.study.space.dimensions()["threads"]
+        most = max(threads.values or (int(threads.high),))
+        check_cores(runner.resources({"threads": most})["CPU"])
+        task = ray.remote(run_full).options(**_options(runner, {}))
         try:
-            found: Figures = ray.get(task.remote(study, list(parts)))
+            found: Figures = ray.get(task.remote(runner, list(parts)))
         except ray.exceptions.RayError as error:
             why = str(error).strip().splitlines()[-1]
             raise FinalistError(f"mode full could not be run live: {why}") from error
@@ -225,12 +227,10 @@ def full_figures(study: Study, parts: Sequence[LivePart], folder: Path) -> Figur
     return Figures(**json.loads(path.read_text()))
 
 
-def run_finalist(study: Study, own: Finalist, parts: Sequence[LivePart]) -> Verified:
+def run_finalist(runner: Runner, own: Finalist, parts: Sequence[LivePart]) -> Verified:
     """Run one, here; see ``Verified``."""
-    from fathom.tuning.live_setting import run_setting  # loads the engine
-
     start = time.perf_counter()
-    runs = run_setting(study, own.setting, parts, compute=own.compute)
+    runs = runner.run(own.setting, parts, compute=own.compute)
     return Verified(
         trial=own.trial,
         point=own.point,
@@ -256,7 +256,7 @@ def read_verified(path: Path, own: Finalist) -> Verified:
     )
 
 
-def check_cores(threads: int) -> None:
+def check_cores(threads: float) -> None:
     """Check that the cluster can ever place an engine of so many threads.
 
     Raises:
@@ -269,18 +269,21 @@ def check_cores(threads: int) -> None:
         )
 
 
-def _threads(study: Study, setting: Mapping[str, Any]) -> int:
-    return int(setting.get("threads", study.space.dimensions()["threads"].first))
+def _options(runner: Runner, setting: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a task of Ray's that runs a setting."""
+    own = dict(runner.resources(setting))
+    return {"num_cpus": own.pop("CPU"), "resources": own, "max_retries": 0}
 
 
 def _key(study: Study, own: Finalist, parts: Sequence[LivePart]) -> str:
     """Of everything that a finalist's figures depend on."""
-    dimensions = study.space.dimensions()
     text = json.dumps(
         {
             "setting": own.setting,
             "compute": {**asdict(own.compute), "operating_point": ""},
-            "engine": {name: own.setting.get(name, dimensions[name].first) for name in ENGINE},
+            "evaluate": study.evaluate if study.is_served else "live",
+            "engine": filled(study, own.setting),
+            "cpus": study.live.cpus if study.is_served else 0,
             "new_tokens": study.live.new_tokens,
             "prompts": [
                 (part.rows.name, [getattr(part.rows.source, key) for key, _ in SAME], part.prompts)

@@ -18,107 +18,26 @@ too, and its share is what ``rescored`` is to be held against.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from fathom.evaluation.bootstrap import Interval, interval
-from fathom.evaluation.metrics import Statistic, ratio
-from fathom.tuning.rows import Floats
-from fathom.types import (
-    AcceptMode,
-    ComputePolicy,
-    ComputeUsage,
-    FinishReason,
-    Request,
-    RequestOutput,
-    SamplingParams,
+from fathom.tuning.live_figures import (
+    FULL,
+    Ids,
+    LiveFigures,
+    Served,
+    figures_of,
+    take_turns,
 )
+from fathom.types import ComputePolicy, FinishReason, Request, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
     from fathom.engine.engine import Engine
 
-Ids = tuple[int, ...]
-
-NOTHING = Interval(None, None, None)
-FULL = ComputePolicy(mode=AcceptMode.FULL)
-
-_BLOCK = 4
-"""Requests a place of the batch, between two turns of mode ``full``."""
-
 
 class LiveError(RuntimeError):
-    """A request that failed in the engine."""
-
-
-@dataclass(slots=True)
-class Served:
-    """One request that was answered live.
-
-    Attributes:
-        compute: its page of the ledger. right: tokens that are the best of one full pass over the
-            finished text; see ``rescored``.
-        first, seconds: tokens of the first output, and seconds from it to the last.
-    """
-
-    token_ids: list[int] = field(default_factory=list)
-    compute: ComputeUsage = field(default_factory=ComputeUsage)
-    right: int = 0
-    first: int = 0
-    seconds: float = 0.0
-
-    @property
-    def wrong(self) -> int:
-        """Tokens that the deep stage would have chosen otherwise; it has seen all that stand.
-
-        In mode ``exact`` what it did not agree with is no part of the output.
-        """
-        own = self.compute
-        return own.verified - own.accepted if own.mode == AcceptMode.FREE else 0
-
-
-@dataclass(frozen=True, slots=True)
-class LiveFigures:
-    """What a setting gave live, each with its 95% bootstrap interval over requests.
-
-    Attributes:
-        quality, budget, exit_rate: as in ``fathom.tuning.objective.Figures``.
-        rescored: ``quality`` by one more full pass; full_rescored: that of mode ``full``.
-        tpot_ms: milliseconds a token after the first output, of a request that shares the engine
-            with the others. full_tpot_ms: of mode ``full``, in turns with it.
-        speedup: the latter over the former, of the same requests.
-        tokens_per_s: of all requests together, prompts included. full_tokens_per_s: of ``full``.
-        requests, tokens: that were answered.
-    """
-
-    quality: Interval
-    budget: Interval
-    exit_rate: Interval
-    rescored: Interval
-    full_rescored: Interval
-    tpot_ms: Interval
-    full_tpot_ms: Interval
-    speedup: Interval
-    tokens_per_s: float
-    full_tokens_per_s: float | None
-    requests: int
-    tokens: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, body: dict[str, Any]) -> LiveFigures:
-        """From ``as_dict``."""
-        values: dict[str, Any] = {
-            name: Interval(**value) if isinstance(value, dict) else value
-            for name, value in body.items()
-        }
-        return cls(**values)
+    """A request that failed live."""
 
 
 def run_live(
@@ -144,79 +63,17 @@ def run_live(
     Raises:
         LiveError: for a request that fails in the engine.
     """
-    # The first passes of a process are slow, and no mode shall pay for them.
-    runs = [_Run(FULL), _Run(compute)] if beside_full else [_Run(compute)]
-    for run in runs:
-        _serve(engine, prompts[:1], run.compute, 4, 1)
-    size = _BLOCK * at_once if beside_full else len(prompts)
-    for place in range(0, len(prompts), size):
-        block = prompts[place : place + size]
-        for run in runs:
-            start = time.perf_counter()
-            run.served += _serve(engine, block, run.compute, new_tokens, at_once)
-            run.seconds += time.perf_counter() - start
+
+    def answer(some: Sequence[Ids], policy: ComputePolicy, tokens: int) -> list[Served]:
+        return _serve(engine, some, policy, tokens, at_once)
+
+    runs = take_turns(
+        answer, prompts, compute, new_tokens=new_tokens, at_once=at_once, beside_full=beside_full
+    )
     if beside_full:
         for run in runs:
             rescore(engine, prompts, run.served)
-    return _figures(engine, runs[-1], runs[0] if beside_full else None)
-
-
-@dataclass(slots=True)
-class _Run:
-    """One policy's answers, and the seconds that they took."""
-
-    compute: ComputePolicy
-    served: list[Served] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def tokens_per_s(self) -> float:
-        return sum(len(each.token_ids) for each in self.served) / max(self.seconds, 1e-9)
-
-    @property
-    def paces(self) -> Floats:
-        """[requests, 2]: milliseconds after the first output, and tokens in them."""
-        return np.array([(1e3 * s.seconds, len(s.token_ids) - s.first) for s in self.served])
-
-
-def _figures(engine: Engine, run: _Run, full: _Run | None) -> LiveFigures:
-    served = run.served
-    saved = 1 - engine.ledger.costs.exit_cost
-    tokens = [len(each.token_ids) for each in served]
-
-    def share(values: Iterable[float]) -> Interval:
-        return interval(ratio(list(values), tokens))
-
-    return LiveFigures(
-        quality=share(len(s.token_ids) - s.wrong for s in served),
-        budget=share(len(s.token_ids) - saved * s.compute.exited for s in served),
-        exit_rate=share(s.compute.exited for s in served),
-        rescored=_rescored(run) if full else NOTHING,
-        full_rescored=_rescored(full) if full else NOTHING,
-        tpot_ms=_tpot(run),
-        full_tpot_ms=_tpot(full) if full else NOTHING,
-        speedup=_speedup(run, full) if full else NOTHING,
-        tokens_per_s=run.tokens_per_s,
-        full_tokens_per_s=full.tokens_per_s if full else None,
-        requests=len(served),
-        tokens=sum(tokens),
-    )
-
-
-def _rescored(run: _Run) -> Interval:
-    return interval(ratio([s.right for s in run.served], [len(s.token_ids) for s in run.served]))
-
-
-def _tpot(run: _Run) -> Interval:
-    seconds, tokens = run.paces.T.tolist()
-    return interval(ratio(seconds, tokens))
-
-
-def _speedup(run: _Run, full: _Run) -> Interval:
-    def combine(sums: Floats) -> Floats:
-        return np.asarray(sums[:, 0] / sums[:, 1] / (sums[:, 2] / sums[:, 3]))
-
-    return interval(Statistic(np.hstack([full.paces, run.paces]), combine))
+    return figures_of(runs, engine.ledger.costs.exit_cost, rescored=beside_full)
 
 
 def _serve(
@@ -242,8 +99,9 @@ def _serve(
     def take(output: RequestOutput) -> None:
         place = int(output.request_id)
         own, now = found[place], time.perf_counter()
-        if output.tokens and not own.token_ids:
+        if output.tokens and not own.tokens:
             own.first, began[place] = len(output.tokens), now
+        own.tokens += len(output.tokens)
         own.token_ids += [token.id for token in output.tokens]
         if output.usage is not None:
             own.compute = output.usage.compute

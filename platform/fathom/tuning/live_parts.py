@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fathom.settings import ConfigError
-from fathom.tuning.live import Ids
+from fathom.tuning.live_figures import Ids
 from fathom.tuning.rows import Integers, TraceRows
 from fathom.tuning.study import Study
 

@@ -30,7 +30,7 @@ from fathom.tuning.space import Dimension, Setting
 from fathom.tuning.study import Scheduler, Searcher, Study
 
 if TYPE_CHECKING:
-    from fathom.tuning.live_setting import LiveTrials
+    from fathom.tuning.runner import LiveTrials
 
 OnTrials = Callable[[Sequence[Trial]], None]
 
@@ -98,12 +98,11 @@ def _run(
     # The newer output prints a banner whatever `verbose` says; progress is ours to show.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     objectives = list(study.objectives)
-    resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     folder = str((work_dir / "trials").resolve())
     levels = asha.rungs(study, parts)
     trainable = tune.with_parameters(_Worker, study=study, rungs=levels, live=live, folder=folder)
     tuner = tune.Tuner(
-        tune.with_resources(trainable, _cores if live else {"cpu": 1}),
+        tune.with_resources(trainable, _room(live) if live else {"cpu": 1}),
         tune_config=tune.TuneConfig(
             search_alg=_Search(
                 study,
@@ -117,7 +116,7 @@ def _run(
             ),
             scheduler=asha.scheduler(study, len(levels), [ledger.climbed(trial) for trial in done]),
             num_samples=study.total - len(done),
-            max_concurrent_trials=parallel or max(1, int(resources.get("CPU", 1))),
+            max_concurrent_trials=_at_once(parallel, live),
             # An engine's threads are its process's.
             reuse_actors=live is None or study.space.dimensions()["threads"].single,
         ),
@@ -131,9 +130,16 @@ def _run(
     return str(errors[0]).strip().splitlines()[-1] if errors else ""
 
 
-def _cores(config: Mapping[str, Any]) -> tune.PlacementGroupFactory:
-    """What a live trial reserves: a core for each of its engine's threads."""
-    return tune.PlacementGroupFactory([{"CPU": config["threads"]}])
+def _room(live: LiveTrials) -> Callable[[Mapping[str, Any]], tune.PlacementGroupFactory]:
+    """What a live trial reserves, by its setting."""
+    runner = live.runner
+    return lambda config: tune.PlacementGroupFactory([runner.resources(config)])
+
+
+def _at_once(parallel: int, live: LiveTrials | None) -> int:
+    resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    most = parallel or max(1, int(resources.get("CPU", 1)))
+    return min(most, live.runner.at_once) if live and live.runner.at_once else most
 
 
 class _Worker(tune.Trainable):
@@ -179,9 +185,7 @@ class _Worker(tune.Trainable):
     def _measure(self, setting: Setting, parts: Parts) -> Figures:
         if self._live is None:
             return evaluate(setting, parts)
-        from fathom.tuning.live_setting import run_trial  # loads torch, which replays do without
-
-        return run_trial(setting, self._live)
+        return self._live.run(setting)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """A trial has nothing to go on from: it is run again, or done."""

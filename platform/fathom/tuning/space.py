@@ -9,7 +9,9 @@ from enum import StrEnum
 from typing import Any
 
 from fathom.compute import AcceptMode, Confidence, PolicyName
+from fathom.engine.flush_rules import FlushWhen
 from fathom.settings import ConfigError
+from fathom.tuning.ratios import ONE_EACH, check_ratio
 
 Setting = dict[str, Any]
 """One place in the space: a value for each dimension that its policy has."""
@@ -24,8 +26,14 @@ OWN = {
 COMMON = ("mode", "policy", "confidence", "max_stack", "exit_temperature", "pause_drafting")
 """Dimensions of all policies."""
 
-LIVE_ONLY = ("threads", "max_num_seqs", "max_num_batched_tokens")
+LIVE_ONLY = ("threads", "max_num_seqs", "max_num_batched_tokens", "flush_rule")
 """Dimensions that a replay cannot tell."""
+
+SERVED_ONLY = ("replica_ratio",)
+"""Dimensions that an engine in one process cannot tell."""
+
+SERVED = (*(name for name in LIVE_ONLY if name != "threads"), *SERVED_ONLY)
+"""Dimensions of an application that a replay cannot tell; its threads follow from its cores."""
 
 ENGINE = (*LIVE_ONLY, "pause_drafting")
 """Dimensions of the engine and not of a request, under their names in ``EngineConfig``."""
@@ -75,8 +83,11 @@ class Space:
     Attributes:
         pause_drafting: whether the engine drafts in mode ``exact`` only where that pays.
         threads: of the engine. max_num_seqs: requests that share it; live, so many are always
-            under way. max_num_batched_tokens: most rows of a pass. With ``evaluate: replay`` one
-            value each, for what runs live afterwards.
+            under way. max_num_batched_tokens: most rows of a pass. flush_rule: when sequences
+            that wait get the deep stage. With ``evaluate: replay`` one value each, for what runs
+            live afterwards.
+        replica_ratio: shallow and deep replicas of an application, ``"2:1"``, or ``fused``; see
+            ``fathom.tuning.ratios``. With ``evaluate: served`` alone.
     """
 
     mode: Any = ("exact", "free")
@@ -89,7 +100,9 @@ class Space:
     threads: Any = 1
     max_num_seqs: Any = 1
     max_num_batched_tokens: Any = 512
+    flush_rule: Any = "rate"
     pause_drafting: Any = True
+    replica_ratio: Any = ONE_EACH
 
     def dimensions(self) -> dict[str, Dimension]:
         """The dimensions by name.
@@ -103,6 +116,7 @@ class Space:
                 ("mode", (AcceptMode.EXACT, AcceptMode.FREE), _WHY_MODE),
                 ("policy", tuple(OWN), _WHY_POLICY),
                 ("confidence", tuple(c for c in Confidence if c is not Confidence.META), _WHY_META),
+                ("flush_rule", tuple(FlushWhen), _WHY_FLUSH),
             )
         }
         for name, low, high in (
@@ -116,12 +130,14 @@ class Space:
         ):
             found[name] = _numbers(name, getattr(self, name), low, high)
         found["pause_drafting"] = _switch("pause_drafting", self.pause_drafting)
+        found["replica_ratio"] = _ratios("replica_ratio", self.replica_ratio)
         return found
 
 
 _WHY_MODE = "what a trace says of them"
 _WHY_POLICY = "what a trace can replay; `fathom calibrate fit` certifies risks"
 _WHY_META = "measures that a trace holds"
+_WHY_FLUSH = "rules that an engine can flush by"
 
 
 def is_number(value: Any) -> bool:
@@ -166,4 +182,11 @@ def _switch(name: str, value: Any) -> Dimension:
     for each in values or (None,):
         if not isinstance(each, bool):
             raise ConfigError(f"space.{name} must be true, false or both in a list, got {each!r}.")
+    return Dimension(values=tuple(dict.fromkeys(values)))
+
+
+def _ratios(name: str, value: Any) -> Dimension:
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    for each in values or (None,):
+        check_ratio(f"space.{name}", each)
     return Dimension(values=tuple(dict.fromkeys(values)))

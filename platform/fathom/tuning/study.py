@@ -12,7 +12,17 @@ from typing import Any
 
 from fathom.compute import PolicyName
 from fathom.settings import ConfigError, check_at_least, from_mapping, read_yaml
-from fathom.tuning.space import COMMON, LIVE_ONLY, OWN, Dimension, Setting, Space, is_number
+from fathom.tuning.space import (
+    COMMON,
+    LIVE_ONLY,
+    OWN,
+    SERVED,
+    Dimension,
+    Setting,
+    Space,
+    is_number,
+)
+from fathom.tuning.study_checks import check_evaluation
 from fathom.tuning.study_live import (
     ONLY,
     Evaluation,
@@ -30,7 +40,7 @@ class Objective(StrEnum):
     QUALITY = "quality"  # share of tokens that are the full model's, up
     BUDGET = "budget"  # mean cost of a token as a share of a full one's, down
     TPOT = "tpot"  # time per output token, down; predicted for one sequence at a time
-    THROUGHPUT = "throughput"  # tokens a second of an engine at work, up; with evaluate: live
+    THROUGHPUT = "throughput"  # tokens a second of an engine at work, up; where trials run live
 
 
 class Searcher(StrEnum):
@@ -145,7 +155,7 @@ class Study:
                 what = "a share of tokens in (0, 1]" if high == 1 else "milliseconds above 0"
                 raise ConfigError(f"constraints.{name} must be {what}, got {value!r}.")
         self._check_scheduler()
-        self._check_evaluation()
+        check_evaluation(self)
         if self.searcher is Searcher.GRID and (size := len(list(self.grid()))) > self.trials:
             raise ConfigError(
                 f"trials {self.trials} is too few for the grid, which has {size} settings: raise "
@@ -164,47 +174,20 @@ class Study:
                 "others by constraints, or take scheduler none."
             )
 
-    def _check_evaluation(self) -> None:
-        dimensions = self.space.dimensions()
-        if self.runs_live:
-            if not self.live.prompts:
-                raise ConfigError(
-                    "live.prompts must name the prompts that the traces were recorded from, with "
-                    "evaluate: live."
-                )
-            if self.scheduler is Scheduler.ASHA:
-                raise ConfigError(
-                    "scheduler asha begins trials on few rows of a trace, and evaluate: live has "
-                    "none: take scheduler none, or evaluate: replay."
-                )
-            self._check_rows(dimensions)
-            return
-        for name in LIVE_ONLY:
-            if not dimensions[name].single:
-                raise ConfigError(
-                    f"space.{name} has several values, which a replay cannot tell apart: take "
-                    "evaluate: live, or one value."
-                )
-        if Objective.THROUGHPUT in self.objectives:
-            raise ConfigError(
-                "objectives: throughput is of an engine with several requests, which a replay does "
-                "not have: take evaluate: live, or tpot."
-            )
-
-    def _check_rows(self, dimensions: Mapping[str, Dimension]) -> None:
-        rows, stack = dimensions["max_num_batched_tokens"], dimensions["max_stack"]
-        least = min(rows.values or (rows.low,))
-        most = max(stack.values or (stack.high,))
-        if least <= most:
-            raise ConfigError(
-                f"space.max_num_batched_tokens must exceed space.max_stack ({most}), got {least}: "
-                "a stack is flushed in one pass."
-            )
-
     @property
     def runs_live(self) -> bool:
-        """Whether trials run the engine."""
-        return self.evaluate is Evaluation.LIVE
+        """Whether trials run the engine, in one process or in an application."""
+        return self.evaluate is not Evaluation.REPLAY
+
+    @property
+    def is_served(self) -> bool:
+        """Whether trials, and finalists, run an application."""
+        return self.evaluate is Evaluation.SERVED
+
+    @property
+    def beyond_replay(self) -> tuple[str, ...]:
+        """Dimensions that trials have and a replay cannot tell."""
+        return {Evaluation.LIVE: LIVE_ONLY, Evaluation.SERVED: SERVED}.get(self.evaluate, ())
 
     @property
     def exits_by_name(self) -> dict[str, Exit]:
@@ -240,8 +223,7 @@ class Study:
     def names(self, policy: str) -> list[str]:
         """Names of a trial's dimensions under a policy."""
         exits = ["exit"] if self.exits else []
-        engine = LIVE_ONLY if self.runs_live else ()
-        return [*exits, *COMMON, *engine, *OWN[PolicyName(policy)]]
+        return [*exits, *COMMON, *self.beyond_replay, *OWN[PolicyName(policy)]]
 
     @property
     def total(self) -> int:

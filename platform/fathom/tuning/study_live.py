@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from fathom.settings import ConfigError, check_at_least, from_mapping
+from fathom.settings import ConfigError, check_above_zero, check_at_least, from_mapping
 
 ONLY = ""
 """Name of the exit of a study that has but one."""
@@ -19,6 +19,7 @@ class Evaluation(StrEnum):
 
     REPLAY = "replay"  # on traces: thousands of settings a minute, dimensions of a request alone
     LIVE = "live"  # through the engine: dimensions of the engine too
+    SERVED = "served"  # through an application on Ray Serve: its replicas too
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +44,15 @@ class Live:
         prompts: the files of `fathom generate --prompts` that the traces were recorded from, one
             for each trace in their order, relative to the study's file; empty: nothing runs live.
         requests: of each file at most, taken from those that are held out from the trials; with
-            ``evaluate: live``, trials take theirs from the others.
+            ``evaluate: live`` and ``served``, trials take theirs from the others.
         new_tokens: most tokens of an answer.
+        cpus: cores of a served application's replicas together, which each has an equal share of.
     """
 
     prompts: tuple[str, ...] = ()
     requests: int = 16
     new_tokens: int = 64
+    cpus: float = 2.0
 
     def check(self, traces: int) -> None:
         """Check every field.
@@ -64,6 +67,9 @@ class Live:
             check_at_least(self, (name,), low, "live.")
             if not isinstance(value := getattr(self, name), int):
                 raise ConfigError(f"live.{name} must be an integer, got {value!r}.")
+        check_above_zero(self, ("cpus",), "live.")
+        if not self.cpus <= 4096:
+            raise ConfigError(f"live.cpus must be at most 4096 cores, got {self.cpus!r}.")
         if not _is_names(self.prompts):
             raise ConfigError(
                 f"live.prompts must be a list of files of `fathom generate --prompts`, got "

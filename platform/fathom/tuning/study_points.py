@@ -17,8 +17,8 @@ from fathom.tuning.loss_table import grid
 from fathom.tuning.objective import Figures, compute_of, evaluate, reference, with_first_threshold
 from fathom.tuning.operating_points import Calibration, Identity, OperatingPoints, Point
 from fathom.tuning.pareto import hypervolume, on_front
+from fathom.tuning.ratios import serve_options
 from fathom.tuning.rows import Measure
-from fathom.tuning.space import LIVE_ONLY
 from fathom.tuning.study import Study
 from fathom.tuning.study_live import ONLY
 from fathom.tuning.study_traces import Traces
@@ -84,12 +84,10 @@ def make_points(
         own = traces.of(exit_name)
         rows = own.choose[0]
         compute = with_first_threshold(compute_of(trial.setting, rows.source.exit_cost), rows)
-        engine = {key: value for key, value in trial.setting.items() if key in LIVE_ONLY}
-        needs = f", measured with {json.dumps(engine)}" if engine else ""
         found.setdefault(exit_name, {})[name] = Point(
             dataclasses.replace(compute, operating_point=name),
-            _measured(evaluate(trial.setting, own.held_out), own),
-            f"trial {trial.number} of study {study.name}{needs}",
+            {**_measured(evaluate(trial.setting, own.held_out), own), **_served(study, trial)},
+            f"trial {trial.number} of study {study.name}{_needs(study, trial)}",
         )
     return {
         name: OperatingPoints("", _identity(own), points, _calibration(study, own))
@@ -139,6 +137,30 @@ def _measured(figures: Figures, traces: Traces) -> dict[str, float]:
         "held_out_requests": sum(rows.num_requests for rows in traces.rest),
         "held_out_rows": sum(len(rows) for rows in traces.rest),
     }
+
+
+def _served(study: Study, trial: Trial) -> dict[str, float]:
+    """What an application gave, on the trials' own requests: a replay foretells none of it."""
+    if not study.is_served:
+        return {}
+    own = trial.figures
+    return {
+        "served_agreement": round(own.quality, 4),
+        "served_exit_rate": round(own.exit_rate, 4),
+        "served_tpot_ms": round(own.tpot_ms, 4),
+        "served_tokens_per_s": round(own.tokens_per_s, 4),
+    }
+
+
+def _needs(study: Study, trial: Trial) -> str:
+    """In words, what a server must have besides the point for what was measured."""
+    own = {key: value for key, value in trial.setting.items() if key in study.beyond_replay}
+    if not own:
+        return ""
+    if not study.is_served:
+        return f", measured with {json.dumps(own)}"
+    options = serve_options(trial.setting, study.live.cpus)
+    return f", served with {json.dumps(own)} on {study.live.cpus:g} cores: fathom serve {options}"
 
 
 def _calibration(study: Study, traces: Traces) -> Calibration:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -10,17 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fathom.commands import serve
 from fathom.commands.tune_live import LiveRuns
+from fathom.engine.flush_rules import FlushWhen
 from fathom.settings import ConfigError
+from fathom.tuning import study_points
 from fathom.tuning.finalists import Finalist, read_verified, run_finalist
-from fathom.tuning.ledger import write_whole
-from fathom.tuning.live import FULL
+from fathom.tuning.ledger import Trial, write_whole
+from fathom.tuning.live_figures import FULL
 from fathom.tuning.live_parts import LivePart, first_tokens, live_parts
-from fathom.tuning.live_setting import LiveTrials, run_full, run_setting, run_trial
+from fathom.tuning.live_setting import InProcess
 from fathom.tuning.objective import compute_of, evaluate
 from fathom.tuning.rows import TraceRows, read_rows
+from fathom.tuning.runner import LiveTrials, engine_config, run_full
 from fathom.tuning.study import Study, load_study
-from fathom.tuning.study_live import Exit, Live
+from fathom.tuning.study_live import Evaluation, Exit, Live
 from fathom.tuning.study_traces import Traces, read_traces
 from tests.tiny_models import tiny_model
 from tests.traces import write_trace
@@ -67,7 +72,7 @@ def at(rows: TraceRows, share: float) -> float:
 @pytest.mark.parametrize(("share", "stack"), [(0.5, 3), (0.9, 1), (0.9, 8)])
 def test_exact_is_live_what_the_replay_says(part: LivePart, share: float, stack: int) -> None:
     setting = {**SETTING, "max_stack": stack, "exit_threshold": at(part.rows, share)}
-    (run,) = run_setting(STUDY, setting, [part])
+    (run,) = InProcess(STUDY).run(setting, [part])
     live = run.figures
     replay = evaluate(setting, [part.pair])
     assert live.requests == len(part.prompts) == 10
@@ -80,7 +85,7 @@ def test_exact_is_live_what_the_replay_says(part: LivePart, share: float, stack:
 
 def test_budgets_in_exact_pay_for_drafts_that_do_not_stand(part: LivePart) -> None:
     setting = {**SETTING, "policy": "budget", "budget": 0.85}
-    (run,) = run_setting(STUDY, setting, [part])
+    (run,) = InProcess(STUDY).run(setting, [part])
     live = run.figures.exit_rate
     replay = evaluate(setting, [part.pair])
     assert live.low <= replay.exit_rate <= live.high
@@ -94,7 +99,7 @@ def test_free_is_within_its_interval_of_the_replay(part: LivePart, policy: str) 
         setting["exit_threshold"] = at(part.rows, 0.4)
     if policy == "budget":
         setting["budget"] = 0.8
-    (run,) = run_setting(STUDY, setting, [part])
+    (run,) = InProcess(STUDY).run(setting, [part])
     live = run.figures
     replay = evaluate(setting, [part.pair])
     assert live.quality.low <= replay.quality <= live.quality.high
@@ -109,13 +114,13 @@ def test_free_is_within_its_interval_of_the_replay(part: LivePart, policy: str) 
 
 
 def test_a_live_trial_is_held_against_full_on_the_first_engine(part: LivePart) -> None:
-    full = run_full(STUDY, [part])
+    full = run_full(InProcess(STUDY), [part])
     assert (full.quality, full.exit_rate) == (1, 0)
     assert full.tpot_ms == full.full_tpot_ms > 0
     threshold = at(part.rows, 0.6)
     several = {**SETTING, "exit_threshold": threshold, "threads": 1, "max_num_seqs": 5,
                "max_num_batched_tokens": 64}  # fmt: skip
-    found = run_trial(several, LiveTrials(STUDY, [part], full))
+    found = LiveTrials(InProcess(STUDY), [part], full).run(several)
     assert (found.full_tpot_ms, found.full_tokens_per_s) == (full.tpot_ms, full.tokens_per_s)
     assert found.quality == 1
     # Five requests share each pass, and none waits for the end of another.
@@ -124,10 +129,42 @@ def test_a_live_trial_is_held_against_full_on_the_first_engine(part: LivePart) -
     assert found.losses(study) == [full.tokens_per_s / found.tokens_per_s]
 
 
+def test_flush_rules_are_a_matter_of_time(part: LivePart) -> None:
+    setting = {**SETTING, "exit_threshold": at(part.rows, 0.6), "max_num_seqs": 4}
+    replay = evaluate(setting, [part.pair])
+    for rule in FlushWhen:
+        own = {**setting, "flush_rule": rule.value}
+        assert engine_config(STUDY, own, part.rows.source).flush_rule == rule
+        (run,) = InProcess(STUDY).run(own, [part], beside_full=False)
+        assert run.figures.quality.value == 1
+        assert run.figures.exit_rate.value == pytest.approx(replay.exit_rate)
+
+
+def test_what_is_served_is_written_on_the_point(part: LivePart) -> None:
+    live = dataclasses.replace(STUDY.live, cpus=3)
+    study = dataclasses.replace(STUDY, evaluate=Evaluation.SERVED, live=live)
+    names = study.names("threshold")
+    assert {"replica_ratio", "flush_rule", "max_num_seqs"} < set(names)
+    assert "threads" not in names
+    setting = {"replica_ratio": "1:2", "flush_rule": "full", "max_num_seqs": 4}
+    trial = Trial(3, setting, run_full(InProcess(STUDY), [part]), 1.0)
+    options = "--shallow-replicas 1 --deep-replicas 2 --max-num-seqs 4 --flush-rule full"
+    assert study_points._needs(study, trial) == (
+        f", served with {json.dumps(setting)} on 3 cores: fathom serve {options}"
+    )
+    assert study_points._served(study, trial)["served_tokens_per_s"] > 0
+    # The options are fathom serve's.
+    parser = argparse.ArgumentParser()
+    serve.add_parser(parser.add_subparsers())
+    config = serve.serve_config(parser.parse_args(["serve", *options.split()]))
+    assert (config.shallow.num_replicas, config.deep.num_replicas) == (1, 2)
+    assert (config.engine.max_num_seqs, config.engine.flush_rule) == (4, FlushWhen.FULL)
+
+
 def test_a_finalist_tells_how_far_the_replay_was_off(part: LivePart, tmp_path: Path) -> None:
     setting = {**SETTING, "mode": "free", "exit_threshold": at(part.rows, 0.5)}
     own = Finalist(7, "front-2", setting, compute_of(setting, part.rows.source.exit_cost))
-    found = run_finalist(STUDY, own, [part])
+    found = run_finalist(InProcess(STUDY), own, [part])
     rows = {row["figure"]: row for row in found.errors()}
     assert list(rows) == ["exit_rate", "quality", "budget", "tpot_ms", "speedup"]
     for row in rows.values():
@@ -164,7 +201,7 @@ def test_another_engine_than_the_traced_one_is_refused(part: LivePart) -> None:
     source = dataclasses.replace(part.rows.source, weights_digest="other")
     changed = dataclasses.replace(part, rows=dataclasses.replace(part.rows, source=source))
     with pytest.raises(ConfigError, match=r"another model than the traces.*'other'"):
-        run_setting(STUDY, {**SETTING, "exit_threshold": 0.5}, [changed], compute=FULL)
+        InProcess(STUDY).run({**SETTING, "exit_threshold": 0.5}, [changed], compute=FULL)
 
 
 BODY: dict[str, Any] = {"traces": ["a.parquet"], "live": {"prompts": ["a.jsonl"]}}
@@ -180,7 +217,19 @@ EXITS = {"a": {"traces": ["a.parquet"]}, "b": {"traces": ["b.parquet"], "adapter
         ({"live": {"new_tokens": 2.5}}, ["live.new_tokens", "integer", "2.5"]),
         ({"live": {"prompt": []}}, ["live.prompt", "unknown setting"]),
         ({"finalists": -1}, ["finalists", "at least 0", "-1"]),
-        ({"evaluate": "both"}, ["evaluate", "replay, live", "'both'"]),
+        ({"evaluate": "both"}, ["evaluate", "replay, live, served", "'both'"]),
+        ({"evaluate": "served", "live": {}}, ["live.prompts", "evaluate: served"]),
+        ({"evaluate": "served", "space": {"threads": 2}},
+         ["space.threads", "left out", "2", "live.cpus"]),
+        ({"evaluate": "live", "space": {"replica_ratio": ["1:1", "2:1"]}},
+         ["space.replica_ratio", "several", "evaluate: served"]),
+        ({"space": {"replica_ratio": "0:1"}}, ["space.replica_ratio", "'0:1'", "fused"]),
+        ({"space": {"replica_ratio": ["1:1", "1:65"]}}, ["space.replica_ratio", "64", "'1:65'"]),
+        ({"space": {"replica_ratio": 121}}, ["space.replica_ratio", "121", 'quotes, "2:1"']),
+        ({"live": {"cpus": 0}}, ["live.cpus", "above 0", "0"]),
+        ({"live": {"cpus": 5000}}, ["live.cpus", "at most 4096", "5000"]),
+        ({"space": {"flush_rule": ["rate", "late"]}}, ["space.flush_rule", "rate, full", "'late'"]),
+        ({"space": {"flush_rule": ["rate", "full"]}}, ["space.flush_rule", "evaluate: live"]),
         ({"evaluate": "live", "live": {}}, ["live.prompts", "evaluate: live"]),
         ({"objectives": ["throughput"]}, ["objectives", "throughput", "evaluate: live"]),
         ({"space": {"threads": [1, 2]}}, ["space.threads", "several", "evaluate: live"]),
