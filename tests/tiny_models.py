@@ -43,17 +43,22 @@ def save_random_llama(directory: Path, *, seed: int = 1, **changes: object) -> P
     return directory
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama over bytes, with a tokenizer: vocabulary 0..255 and an end token, 256."""
-    path = tmp_path_factory.mktemp("tiny")
+def save_byte_tokenizer(directory: Path) -> Path:
+    """Write a tokenizer over bytes: vocabulary 0..255 and an end token, 256."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     rust = RustTokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
     rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     rust.decoder = decoders.ByteLevel()
     hf = PreTrainedTokenizerFast(tokenizer_object=rust, eos_token="<|end|>")
     hf.chat_template = TEMPLATE
-    hf.save_pretrained(path)
+    hf.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama over bytes, with its tokenizer."""
+    path = save_byte_tokenizer(tmp_path_factory.mktemp("tiny"))
     return save_random_llama(
         path,
         seed=0,
