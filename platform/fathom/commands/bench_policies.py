@@ -117,7 +117,7 @@ def _time_steps(rows: TraceRows) -> StageCosts:
     own = rows.source
     config = EngineConfig(
         model=own.model, adapter=own.adapter or "none", dtype=own.dtype, exit_layer=own.exit_layer,
-        threads=1,
+        threads=1, quantization=own.quantization,
     )  # fmt: skip
     engine = Engine.from_config(config)
     try:

@@ -15,7 +15,7 @@ class EngineInfo:
         exit_layer: k, where the stages part. exit_depth: layers behind a drafted token, the
             shallow stage's own exit layers included.
         exit_vocab: tokens that the exit head scores. num_blocks: KV blocks of each stage.
-        block_size: tokens a block.
+        block_size: tokens a block. quantization: as ``EngineConfig.quantization``.
     """
 
     model: str
@@ -28,11 +28,11 @@ class EngineInfo:
     vocab_size: int
     max_model_len: int
     dtype: str
-    quantization: str
     eos_token_ids: tuple[int, ...]
     weights_digest: str
     num_blocks: int
     block_size: int
+    quantization: str = "none"
 
     @property
     def exit_identity(self) -> str:

@@ -39,6 +39,7 @@ class Source:
     Attributes:
         exit_cost: of a token decided at the exit, as a share of a full one's.
         costs: measured seconds of the stages' passes.
+        quantization: as ``EngineConfig.quantization``.
     """
 
     model: str
@@ -52,6 +53,7 @@ class Source:
     dtype: str
     exit_cost: float
     costs: StageCosts
+    quantization: str = "none"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -242,6 +244,7 @@ def _source(path: Path, metadata: Mapping[str, str]) -> Source:
         values: dict[str, Any] = {
             **{name: metadata[name] for name in identity},
             **{name: int(metadata[name]) for name in sizes},
+            "quantization": metadata.get("quantization", "none"),
         }
         return Source(**values, exit_cost=float(metadata["exit_cost"]), costs=StageCosts(**curves))
     except (KeyError, ValueError, TypeError) as error:

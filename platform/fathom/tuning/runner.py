@@ -121,6 +121,7 @@ def engine_config(study: Study, setting: Mapping[str, Any], source: Source) -> E
     return EngineConfig(
         model=source.model,
         dtype=source.dtype,
+        quantization=source.quantization,
         adapter=adapter or source.adapter or "none",
         exit_layer=source.exit_layer,
         exit_vocab=source.exit_vocab,

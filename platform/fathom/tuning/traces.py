@@ -123,7 +123,7 @@ def describe(engine: Engine) -> dict[str, str]:
     curves = {"shallow": costs.shallow, "shallow_full": costs.shallow_full, "deep": costs.deep}
     names = (
         "model", "weights_digest", "adapter", "adapter_digest", "exit_layer", "exit_depth",
-        "exit_vocab", "num_layers", "dtype",
+        "exit_vocab", "num_layers", "dtype", "quantization",
     )  # fmt: skip
     return {
         **{name: str(getattr(info, name)) for name in names},

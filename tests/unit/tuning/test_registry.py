@@ -252,7 +252,7 @@ def test_a_server_starts_with_what_was_promoted(folder: Path) -> None:
             {"operating_points": name, "mlflow": made.uri, "engine": {"compute": compute}}
         )
         given: Any = application._bound_deployment.init_args
-        _, config, _, _, points = given
+        _, config, _, _, points, _ = given
         assert config.engine.compute == made.points().resolve(point)
         assert points.path == "models:/fathom-tiny/1"
     with pytest.raises(ConfigError, match="say which by mlflow"):
