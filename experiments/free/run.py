@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 threads=args.threads,
                 max_num_seqs=args.at_once,
                 prefix_caching=False,
+                pause_drafting=False,  # methods are compared, not what serving makes of them
             )
             with _progress() as progress:
                 found = measure(own, items, methods.methods, folder, config, progress)

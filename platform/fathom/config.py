@@ -83,9 +83,10 @@ class EngineConfig:
         max_num_batched_tokens: most rows of one shallow or deep pass.
         max_model_len: longest prompt + completion in tokens; 0 takes the model's.
         prefix_caching: reuse the KV blocks of equal prefixes.
-        pause_drafting: mode ``exact`` goes to full depth while drafting does not pay, by the
-            stages' measured costs and the exits' rates. Tokens are the same; their depths depend
-            on the load then.
+        pause_drafting: a mode goes to full depth while drafting does not pay, by the stages'
+            measured costs and the exits' rates; under the policies ``threshold`` and
+            ``adaptive``. Depths depend on the load then, and in ``rollback`` and ``free`` tokens
+            too: meanwhile they are the full model's. In ``exact`` they always are.
         flush_rule: when sequences that wait get the deep stage: ``rate`` (when that makes more
             tokens a second than drafting on, at measured costs), ``full`` (when none can draft any
             more), or ``eager`` (as soon as one waits).

@@ -98,7 +98,8 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     Raises:
         UsageError: for options that exclude each other.
     """
-    values = {"max_num_seqs": 8, **engine_values(args)}
+    # A point's quality must not depend on how fast this machine is.
+    values = {"max_num_seqs": 8, "pause_drafting": False, **engine_values(args)}
     if args.base:
         if values.get("adapter", "none") != "none":
             raise UsageError("--base is the model without an adapter; leave one of the two out.")

@@ -85,7 +85,7 @@ def add_engine_options(parser: argparse.ArgumentParser, *, threads: bool = True)
     group.add_argument(
         "--pause-drafting",
         action=argparse.BooleanOptionalAction,
-        help="mode exact goes to full depth while drafting does not pay (default: it does)",
+        help="modes go to full depth while drafting does not pay (default: they do)",
     )
     group.add_argument(
         "--flush-rule",

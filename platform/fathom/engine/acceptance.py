@@ -8,7 +8,7 @@ from fathom.attention.paged_cache import PagedKVCache
 from fathom.engine import sampling
 from fathom.engine.accept import judge
 from fathom.engine.deep import FlushResult
-from fathom.engine.drafting import DraftRule
+from fathom.engine.drafting import DraftRules
 from fathom.engine.flights import reads_logits
 from fathom.engine.info import EngineInfo
 from fathom.engine.output import confirm
@@ -23,7 +23,7 @@ class Acceptance:
 
     Args:
         shallow, deep: block accounting of the stages, which cuts reach.
-        policies, draft_rule: learn from every verdict.
+        policies, draft_rules: learn from every verdict.
         column_of: the exit head's column for a token, for traces.
 
     Attributes:
@@ -38,7 +38,7 @@ class Acceptance:
         shallow: PagedKVCache,
         deep: PagedKVCache,
         policies: LivePolicies,
-        draft_rule: DraftRule | None,
+        draft_rules: DraftRules | None,
         column_of: Callable[[int], int | None],
     ) -> None:
         self._info = info
@@ -46,7 +46,7 @@ class Acceptance:
         self._shallow = shallow
         self._deep = deep
         self._policies = policies
-        self._draft_rule = draft_rule
+        self._draft_rules = draft_rules
         self._column_of = column_of
         self.listener: TraceListener | None = None
 
@@ -57,6 +57,7 @@ class Acceptance:
             result: a row a decision, finite.
         """
         compute, params = seq.request.compute, seq.request.sampling
+        rule = self._draft_rules.of(compute.mode) if self._draft_rules is not None else None
         pending, seq.pending = seq.judged, []
         seq.waiting = False
         as_it_is = sampling.is_greedy(params) and sampling.is_plain(params)
@@ -97,8 +98,8 @@ class Acceptance:
             drafted = decision.token is not None
             if drafted and not decision.resumed:
                 self._ledger.enter_verdict(seq.compute, accepted=verdict.agreed)
-                if self._draft_rule is not None:
-                    self._draft_rule.judged(agreed=verdict.agreed)
+                if rule is not None:
+                    rule.judged(agreed=verdict.agreed)
             if drafted and not verdict.kept:
                 self._cut(seq, decision.position + 1)
             if not verdict.kept:

@@ -1,6 +1,8 @@
-"""Does drafting pay? Where it does not, mode ``exact`` goes to full depth until it does."""
+"""Does drafting pay? Where it does not, a mode goes to full depth until it does."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from fathom.engine import sampling
 from fathom.engine.costs import StageCosts
@@ -12,6 +14,9 @@ _WINDOW = 1024
 
 _MIN_DECISIONS = 64
 """No judgement before so many."""
+
+_FEW_DECISIONS = 8
+"""Judged anew after so many: a judgement takes tens of microseconds."""
 
 _LONGEST_ROUND = 9
 
@@ -49,12 +54,17 @@ class DraftRule:
     P_j = 1 - (1 - e^j)^n the probability that step j is run at all, and full depth makes n tokens
     in t_s,full(n) + t_d(n). Seconds of both stages are added also where they run side by side: what
     is compared is what a token costs the cluster.
+
+    Args:
+        all_stand: drafts are tokens whatever the deep stage says, a = 1, as in mode ``free``.
     """
 
-    def __init__(self, costs: StageCosts) -> None:
+    def __init__(self, costs: StageCosts, *, all_stand: bool = False) -> None:
         self._costs = costs
+        self._all_stand = all_stand
         self._rows = self._exits = self._judged = self._agreed = 0.0
         self._paused = False
+        self._asked = (-1, -1)
 
     @property
     def paused(self) -> bool:
@@ -77,7 +87,7 @@ class DraftRule:
     def gain(self, sequences: int) -> float:
         """Expected tokens/s with drafts over those without, for so many sequences at once."""
         exit_share = self._exits / max(self._rows, 1)
-        agreed = (self._agreed + 1) / (self._judged + 1)
+        agreed = 1.0 if self._all_stand else (self._agreed + 1) / (self._judged + 1)
         costs, n = self._costs, max(sequences, 1)
         seconds = rows = tokens = best = 0.0
         left, right = 1.0, 1.0
@@ -95,16 +105,45 @@ class DraftRule:
 
     def pause(self, sequences: int) -> bool:
         """Decide for a step with so many sequences; a pause ends later than it began."""
-        if self._rows >= _MIN_DECISIONS:
+        asked = (sequences, int(self._rows) // _FEW_DECISIONS)
+        if self._rows >= _MIN_DECISIONS and asked != self._asked:
+            self._asked = asked
             self._paused = self.gain(sequences) < 1 + (_BAND if self._paused else -_BAND)
         return self._paused
 
 
+class DraftRules:
+    """A rule for each mode that drafts and can do without."""
+
+    def __init__(self, costs: StageCosts) -> None:
+        self._rules = {
+            AcceptMode.EXACT: DraftRule(costs),
+            AcceptMode.ROLLBACK: DraftRule(costs),
+            AcceptMode.FREE: DraftRule(costs, all_stand=True),
+        }
+
+    @property
+    def paused(self) -> bool:
+        """Whether drafting did not pay in one of the modes when it was last asked for."""
+        return any(rule.paused for rule in self._rules.values())
+
+    def of(self, mode: AcceptMode) -> DraftRule | None:
+        """The rule of a mode, or None."""
+        return self._rules.get(mode)
+
+    def pauses(self, modes: Iterable[AcceptMode], sequences: int) -> frozenset[AcceptMode]:
+        """Those of the modes that do not draft in a step with so many sequences."""
+        asked = ((mode, self._rules.get(mode)) for mode in modes)
+        return frozenset(mode for mode, rule in asked if rule and rule.pause(sequences))
+
+
 def may_pause(seq: Sequence) -> bool:
-    """Whether nobody sees from its tokens that a sequence does not draft."""
+    """Whether a sequence may go to full depth instead of drafting.
+
+    In ``exact`` nobody sees it from the tokens. In ``rollback`` and ``free`` tokens are the full
+    model's meanwhile.
+    """
     request = seq.request
-    if request.compute.mode is not AcceptMode.EXACT:
-        return False
     if request.compute.policy not in FREE_TO_PAUSE:  # somebody wants these very exits
         return False
     # Equal in distribution is not equal: the same seed must give the same tokens at any load.

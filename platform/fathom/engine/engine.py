@@ -11,7 +11,7 @@ from fathom.engine.acceptance import Acceptance
 from fathom.engine.completions import Completions
 from fathom.engine.costs import StageCosts
 from fathom.engine.deep import DeepLost, DeepStage, FlushResult
-from fathom.engine.drafting import DraftRule
+from fathom.engine.drafting import DraftRules
 from fathom.engine.figures import figures, pressure
 from fathom.engine.flights import Answer, Flights
 from fathom.engine.flush_rules import FlushRule, FlushWhen
@@ -30,6 +30,7 @@ from fathom.exits.load import Ladder, LadderPoints, LoadConfig, LoadShift
 from fathom.exits.shadow import ShadowLog
 from fathom.ledger import Ledger
 from fathom.types import (
+    AcceptMode,
     ComputePolicy,
     FinishReason,
     InvalidRequest,
@@ -78,7 +79,7 @@ class Engine:
         self._scheduler = scheduler
         self._new_detokenizer = new_detokenizer
         self._flush_rule = FlushRule(stage_costs, flush_rule)
-        self._draft_rule = DraftRule(stage_costs) if pause_drafting else None
+        self._draft_rules = DraftRules(stage_costs) if pause_drafting else None
         self._keep_states = deep.may_be_lost or scheduler.shared is not None
         self._flights = Flights(deep, ledger, keep_states=self._keep_states)
         self._completions = Completions(
@@ -91,7 +92,7 @@ class Engine:
             shallow=scheduler.shallow_cache,
             deep=deep.cache,
             policies=policies,
-            draft_rule=self._draft_rule,
+            draft_rules=self._draft_rules,
             column_of=shallow.head.column_of,
         )
         self._load: LoadShift | None = None
@@ -223,7 +224,7 @@ class Engine:
         return {
             **figures(self._scheduler, self._deep, self.ledger),
             **self.policies.figures(),
-            "drafting_paused": float(self._draft_rule is not None and self._draft_rule.paused),
+            "drafting_paused": float(self._draft_rules is not None and self._draft_rules.paused),
             "load_level": 0 if self._load is None else self._load.level,
         }
 
@@ -251,18 +252,21 @@ class Engine:
     # Draft
 
     def _draft(self, work: list[ShallowWork]) -> None:
-        rule = self._draft_rule
-        pause = rule is not None and rule.pause(len(self._scheduler.running))
-        pause = pause and self._acceptance.listener is None  # a trace is of every row
+        rules = self._draft_rules
+        pause: frozenset[AcceptMode] = frozenset()
+        if rules is not None and self._acceptance.listener is None:  # a trace is of every row
+            running = self._scheduler.running
+            pause = rules.pauses({seq.request.compute.mode for seq in running}, len(running))
         decided = self._shallow.run(work, pause=pause)
         self._flush_rule.drafted(len(decided))
         for seq, logits in decided:
             decision = seq.pending[-1]
+            compute = seq.request.compute
+            rule = rules.of(compute.mode) if rules is not None else None
             if rule is not None and not math.isnan(decision.confidence):
                 rule.decided(exited=decision.token is not None)
             if decision.token is None:
                 continue
-            compute = seq.request.compute
             if not compute.holds_drafts:
                 assert logits is not None
                 depth, shifted = self.info.exit_depth, decision.shifted

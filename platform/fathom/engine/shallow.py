@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from collections.abc import Sequence as Rows
 from itertools import accumulate
 
@@ -57,12 +58,12 @@ class ShallowStage:
         self.load: LoadShift | None = None
 
     def run(
-        self, work: Rows[ShallowWork], *, pause: bool = False
+        self, work: Rows[ShallowWork], *, pause: Container[AcceptMode] = ()
     ) -> list[tuple[Sequence, torch.Tensor | None]]:
         """Run one pass, push the exit states on the sequences' stacks, and decide.
 
         Args:
-            pause: sequences draft nothing whose tokens do not depend on it.
+            pause: modes whose sequences draft nothing where they can do without.
 
         Returns:
             the sequences that decided a token (their last pending decision), each with the exit
@@ -93,7 +94,12 @@ class ShallowStage:
         return self._decide(deciding, self._exit_states(work, whole, hidden, pause=pause))
 
     def _exit_states(
-        self, work: Rows[ShallowWork], whole: Pass, hidden: torch.Tensor, *, pause: bool
+        self,
+        work: Rows[ShallowWork],
+        whole: Pass,
+        hidden: torch.Tensor,
+        *,
+        pause: Container[AcceptMode],
     ) -> torch.Tensor:
         """What the exit head reads: [rows, d], undefined where a sequence does not draft; where
         somebody compares, [rows, 2 * d] with the states one layer before behind.
@@ -126,7 +132,7 @@ class ShallowStage:
         return exit_states
 
     def _exit_rows(
-        self, work: Rows[ShallowWork], *, pause: bool
+        self, work: Rows[ShallowWork], *, pause: Container[AcceptMode]
     ) -> list[tuple[Sequence, int, int]]:
         """Which rows pass the exit layers now: sequence, first position, how many."""
         places: list[tuple[Sequence, int, int]] = []
@@ -140,7 +146,8 @@ class ShallowStage:
                 continue
             answers = seq.shallow_len > seq.num_prompt and own == 1
             scouts = is_scout(seq) or seq.shadow is not None
-            if pause and answers and may_pause(seq) and not scouts:
+            mode = seq.request.compute.mode
+            if mode in pause and answers and may_pause(seq) and not scouts:
                 continue
             if lag <= spare:
                 places.append((seq, seq.exit_len, lag + own))

@@ -74,7 +74,7 @@ _HELP = {
     "acceptance_rate": "Share of verified drafts that the deep stage agreed with, from 0 to 1.",
     "layers_per_token": "Layer executions an output token, rejected drafts included.",
     "flush_rows": "Mean rows of a deep pass.",
-    "drafting_paused": "1 while mode exact drafts nothing, since it would cost time, else 0.",
+    "drafting_paused": "1 while a mode drafts nothing, since it would cost time, else 0.",
     "flush_seconds": "Seconds from a flush to its answer, mean of the latest.",
     "flush_queue_seconds": "Seconds that a flush waits for its deep pass, mean of the latest.",
     "deep_pass_seconds": "Seconds of a deep pass, mean of the latest.",

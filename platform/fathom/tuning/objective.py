@@ -118,11 +118,7 @@ def _figures(setting: Mapping[str, Any], first: TraceRows, rows: TraceRows) -> F
     # carry on from it, the next one meets. Traces are recorded of many at once.
     rows = rows.select(np.lexsort((rows.position, rows.groups)))
     leaves = _leaves(compute, first, rows)
-    pauses = (
-        setting.get("pause_drafting", True)
-        and compute.mode is AcceptMode.EXACT
-        and compute.policy in FREE_TO_PAUSE
-    )
+    pauses = setting.get("pause_drafting", True) and compute.policy in FREE_TO_PAUSE
     agrees = rows.agrees.tolist()
     found = replay(
         leaves.astype(float).tolist(),  # sure or not: λ was applied row by row
@@ -133,7 +129,7 @@ def _figures(setting: Mapping[str, Any], first: TraceRows, rows: TraceRows) -> F
         compute.mode,
         0.5,
         cap=compute.max_stack,
-        rule=DraftRule(source.costs) if pauses else None,
+        rule=DraftRule(source.costs, all_stand=compute.mode is AcceptMode.FREE) if pauses else None,
     )
     full_ms = 1e3 * (source.costs.shallow_full(1) + source.costs.deep(1))
     return Figures(

@@ -55,7 +55,7 @@ def replay(
         fine: [n], whether ``mode`` keeps a draft at this row; ``free`` keeps all.
         ends: row behind the last of each sequence.
         cap: most drafts a flush.
-        rule: a new one, of an engine that drafts in ``exact`` only where that pays.
+        rule: a new one, of an engine that drafts only where that pays.
     """
     holds = mode is not AcceptMode.FREE
     full = costs.shallow_full(1) + costs.deep(1)

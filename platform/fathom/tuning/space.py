@@ -81,7 +81,7 @@ class Space:
     """Dimensions as written: a value, a list of values, or ``{low, high}``.
 
     Attributes:
-        pause_drafting: whether the engine drafts in mode ``exact`` only where that pays.
+        pause_drafting: whether the engine drafts only where that pays.
         threads: of the engine. max_num_seqs: requests that share it; live, so many are always
             under way. max_num_batched_tokens: most rows of a pass. flush_rule: when sequences
             that wait get the deep stage. With ``evaluate: replay`` one value each, for what runs

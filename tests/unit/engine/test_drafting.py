@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import pytest
 
@@ -38,6 +37,32 @@ def test_one_sequence_gains_what_the_formula_of_free_md_says() -> None:
     # right = (e a)^j with a = (agreed + 1) / (judged + 1) = 1
     expected = tokens / (tokens + DEEP(tokens)) / (1 / (1 + DEEP(1)))
     assert rule.gain(1) == pytest.approx(expected, rel=1e-6)
+
+
+def test_drafts_that_stand_whatever_is_said_of_them_gain_more() -> None:
+    costs = StageCosts(shallow=FLAT, shallow_full=CHEAP, deep=DEEP)
+    free = DraftRule(costs, all_stand=True)
+    for exited in [True] * 80 + [False] * 20:
+        free.decided(exited=exited)
+        if exited:
+            free.judged(agreed=False)
+    assert not free.pause(1)
+    assert told(costs, 0.8, 0.0).pause(1)
+
+
+def test_modes_pause_each_for_itself(make_engine) -> None:
+    """What nobody verifies pays where what is verified does not."""
+    engine = make_engine(pause_drafting=True)
+    rules = engine._draft_rules
+    for mode, pauses in ((AcceptMode.EXACT, True), (AcceptMode.FREE, False)):
+        rules.of(mode).pause = lambda sequences, pauses=pauses: pauses
+    exact, free = (
+        ComputePolicy(mode=m, exit_threshold=0.0) for m in (AcceptMode.EXACT, AcceptMode.FREE)
+    )
+    run(engine, [request("scout", [3], exact)])
+    found = run(engine, [request("e", [1, 2], exact), request("f", [1, 2], free)])
+    pages = {name: found[name, 0].last.usage.compute for name in "ef"}
+    assert pages["e"].drafted == 0 < pages["f"].drafted
 
 
 @pytest.mark.parametrize(
@@ -82,7 +107,8 @@ class Dice:
 
 def engine_with_dice(make_engine, seed: int, **fields) -> Engine:
     engine = make_engine(pause_drafting=True, **fields)
-    engine._draft_rule = Dice(seed)
+    rule = Dice(seed)
+    engine._draft_rules._rules = dict.fromkeys(engine._draft_rules._rules, rule)
     return engine
 
 
@@ -121,12 +147,13 @@ def test_blocks_of_a_pause_are_not_taken_for_drafting_ones(
 ) -> None:
     """An answer whose rows the exit layers never saw must not be found as a prefix to draft on."""
     engine = engine_with_dice(make_engine, 0, trained=exit_adapter)
-    engine._draft_rule.pause = lambda sequences: True
+    rule = engine._draft_rules.of(AcceptMode.EXACT)
+    rule.pause = lambda sequences: True
     always = ComputePolicy(exit_threshold=0.0)
     first = run(engine, [request("skip", [9], always), request("a", [1, 2, 3], always)])
     answer = [1, 2, 3, *first["a", 0].ids]
     assert first["a", 0].last.usage.compute.exit_head_rows == 0
-    engine._draft_rule.pause = lambda sequences: False
+    rule.pause = lambda sequences: False
     again = run(engine, [request("b", answer, always)])["b", 0]
     fresh = run(make_engine(trained=exit_adapter), [request("b", answer, always)])["b", 0]
     assert again.ids == fresh.ids
@@ -144,11 +171,13 @@ def test_a_seed_gives_the_same_draws_at_any_load(make_engine, exit_adapter: Adap
     assert found["s", 0].depths == wanted["s", 0].depths
 
 
-def test_the_default_pauses_where_nothing_exits(model_dir: Path, make_engine) -> None:
-    """Threshold 1 lets nothing go: after the first rows the exit head is asked no more."""
+@pytest.mark.parametrize("mode", [AcceptMode.EXACT, AcceptMode.ROLLBACK, AcceptMode.FREE])
+def test_the_default_pauses_where_nothing_exits(make_engine, mode: AcceptMode) -> None:
+    """Threshold 1 lets nothing go: after the first rows the exit head is asked no more, but behind
+    a prompt where the mode may show a draft at once."""
     engine = make_engine(pause_drafting=True)
-    policy = ComputePolicy(exit_threshold=1.0)
+    policy = ComputePolicy(mode=mode, exit_threshold=1.0)
     run(engine, [request("skip", [1], policy, max_tokens=100)])
     found = run(engine, [request("a", [1, 2], policy, max_tokens=100)])
     assert engine.stats()["drafting_paused"] == 1.0
-    assert found["a", 0].last.usage.compute.exit_head_rows == 0
+    assert found["a", 0].last.usage.compute.exit_head_rows == (mode is AcceptMode.FREE)
