@@ -38,8 +38,8 @@ STUDY = {
     "objectives": ["throughput", "quality"],
     # Most tokens leave, and some of them are wrong.
     "space": {
-        "mode": "free", "exit_threshold": 0.002, "max_num_seqs": 4, "replica_ratio": RATIOS,
-        "flush_rule": "eager",
+        "mode": "free", "exit_threshold": 0.002, "pause_drafting": False, "max_num_seqs": 4,
+        "flush_rule": "eager", "replica_ratio": RATIOS,
     },
     "searcher": "grid",
     "live": {"prompts": ["p.jsonl"], "requests": 4, "new_tokens": 8, "cpus": 0.9},
