@@ -192,8 +192,6 @@ def _bits(args: argparse.Namespace) -> list[int]:
             f"--bits must be a list of {', '.join(map(str, known))} with --dtype {args.dtype}, "
             f"got {args.bits!r}."
         )
-    if bits != [own] and "quantization" not in EngineConfig.__dataclass_fields__:
-        raise UsageError(f"--bits: this version's engine knows {own} bits only.")
     return list(dict.fromkeys(bits))
 
 
