@@ -33,7 +33,7 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], path: Path, *, unit: str, titl
             goodput = [row["request_goodput"] for row in rows]
             requests.plot(offered, goodput, "^--", color=ORANGE, label="within the SLO")
         requests.set(ylabel="requests/s", ylim=(0, None))
-        requests.legend(loc="lower right")
+        requests.legend(loc="upper left")
         for metric, color in (("ttft", BLUE), ("tpot", ORANGE)):
             for percent, line in ((50, "o-"), (99, "o:")):
                 values = [row[f"p{percent}_{metric}_ms"] for row in rows]
@@ -43,7 +43,10 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], path: Path, *, unit: str, titl
                 )  # fmt: skip
         for name, limit in (rows[0].get("slo_ms") or {}).items():
             latencies.axhline(limit, color=GREY, linewidth=1)
-            latencies.annotate(f"SLO {name}", (offered[0], limit), fontsize=9, color=GREY)
+            latencies.annotate(
+                f"SLO {name}", (offered[0], limit), (0, 3), textcoords="offset points",
+                fontsize=9, color=GREY,
+            )  # fmt: skip
         latencies.set(title="latency", xlabel=f"load, {unit}", ylabel="ms", yscale="log")
         latencies.legend()
         return save(figure, path)
