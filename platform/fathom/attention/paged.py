@@ -7,6 +7,7 @@ prompt has, go through ``SdpaBackend``, whose matrix products are faster there.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from itertools import accumulate
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from fathom.attention.backend import Attend, AttentionBackend, RaggedBatch
 from fathom.attention.pool import KVPool
 from fathom.attention.sdpa import SdpaBackend
-from fathom.kernels.compiled import Pass, optional_library
+from fathom.kernels.compiled import Pass, library, optional_library
 
 MOST_ROWS = 32
 """Sequences with more rows go to SDPA."""
@@ -34,9 +35,6 @@ class PagedBackend:
     """See the module's docstring. For pools on a CPU, of float32 or bfloat16."""
 
     def __init__(self) -> None:
-        kernels = optional_library()
-        assert kernels is not None
-        self._run = kernels.fathom_attend
         self._sdpa = SdpaBackend()
 
     def plan(self, batch: RaggedBatch, pool: KVPool, num_heads: int) -> Attend:
@@ -51,19 +49,19 @@ class PagedBackend:
         owners: list[int] = []
         lengths: list[int] = []
         firsts = accumulate((each.num_rows for each in batch.sequences), initial=0)
-        for own, is_few, first in zip(batch.sequences, few, firsts, strict=False):
+        for each, is_few, first in zip(batch.sequences, few, firsts, strict=False):
             if not is_few:
                 continue
-            rows += range(first, first + own.num_rows)
-            owners += [len(tables)] * own.num_rows
-            lengths += range(own.start + 1, own.stop + 1)
-            tables.append(list(own.blocks[: -(-own.stop // pool.block_size)]))
+            rows += range(first, first + each.num_rows)
+            owners += [len(tables)] * each.num_rows
+            lengths += range(each.start + 1, each.stop + 1)
+            tables.append(list(each.blocks[: -(-each.stop // pool.block_size)]))
         width = max(map(len, tables))
         arrays = [
             torch.tensor(values, dtype=torch.int32)
             for values in ([t + [0] * (width - len(t)) for t in tables], rows, owners, lengths)
         ]
-        own_pass = Pass(
+        own = Pass(
             *(array.data_ptr() for array in arrays),
             batch.slots.data_ptr(),
             len(rows),
@@ -75,28 +73,51 @@ class PagedBackend:
             pool.head_dim,
             pool.data.dtype is torch.bfloat16,
         )
-        address, scale, run = ctypes.addressof(own_pass), pool.head_dim**-0.5, self._run
-        slots, threads = pool.data.shape[2], torch.get_num_threads()
+        return PagedPass(own, pool, (*arrays, batch.slots), rest)
 
-        def attend(
-            layer: int, q: torch.Tensor, kv: torch.Tensor, keep: object = (own_pass, arrays, batch)
-        ) -> torch.Tensor:
-            out = q.new_empty((len(q), q.shape[1] * q.shape[2]))
-            run(
-                address,
-                pool.data[layer].data_ptr(),
-                slots,
-                q.data_ptr(),
-                q.stride(0),
-                kv.data_ptr(),
-                kv.stride(0),
-                scale,
-                out.data_ptr(),
-                out.stride(0),
-                threads,
-            )
-            if rest is not None:
-                rest(layer, q, out.view(q.shape))
-            return out
 
-        return attend
+class PagedPass:
+    """Attention of one pass; see ``Attend``.
+
+    Attributes:
+        address: of the pass as the kernels take it. pool: keys and values.
+        is_whole: whether the kernel serves all rows, so that layers can be run by
+            ``fathom_layers``.
+        scale: of the scores.
+    """
+
+    def __init__(
+        self,
+        own: Pass,
+        pool: KVPool,
+        kept: tuple[torch.Tensor, ...],
+        rest: Callable[[int, torch.Tensor, torch.Tensor], None] | None,
+    ) -> None:
+        self._own = own
+        self._kept = kept  # ``own`` points into them
+        self._rest = rest
+        self._run = library().fathom_attend
+        self.address = ctypes.addressof(own)
+        self.pool = pool
+        self.is_whole = rest is None
+        self.scale = pool.head_dim**-0.5
+
+    def __call__(self, layer: int, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        """See ``Attend``."""
+        out = q.new_empty((len(q), q.shape[1] * q.shape[2]))
+        self._run(
+            self.address,
+            self.pool.data[layer].data_ptr(),
+            self.pool.data.shape[2],
+            q.data_ptr(),
+            q.stride(0),
+            kv.data_ptr(),
+            kv.stride(0),
+            self.scale,
+            out.data_ptr(),
+            out.stride(0),
+            torch.get_num_threads(),
+        )
+        if self._rest is not None:
+            self._rest(layer, q, out.view(q.shape))
+        return out

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from fathom.attention.backend import Attend, AttentionBackend, RaggedBatch, SequenceRows
+from fathom.attention.paged import PagedPass
 from fathom.attention.pool import KVPool
 from fathom.models.decoder import Decoder
+from fathom.models.fused import fuse
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,9 @@ class Stage:
         self.pool = pool
         self.exit_layers = exit_layers
         self._backend = backend
+        self._fused = {decoder: fuse(decoder, first, last)}
+        if exit_layers is not None:
+            self._fused[exit_layers] = fuse(exit_layers, exit_layers.first, exit_layers.last)
 
     def plan(self, sequences: Sequence[SequenceRows]) -> Pass:
         """Lay out the rows of a pass, once for all layers.
@@ -100,9 +105,11 @@ class Stage:
         hidden: torch.Tensor,
         noting: bool,
     ) -> torch.Tensor:
-        offset, attend = self.first, rows.attend
+        offset, attend, fused = self.first, rows.attend, self._fused[decoder]
 
         def run(hidden: torch.Tensor, first: int, last: int) -> torch.Tensor:
+            if fused is not None and isinstance(attend, PagedPass) and attend.is_whole:
+                return fused.run(hidden, rows.positions, first, last, attend, first - offset)
             return decoder.run(
                 hidden,
                 rows.positions,

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <vector>
 
+#include "kernels.h"
 #include "numbers.h"
 
 namespace {
@@ -18,23 +19,6 @@ constexpr int kMost = 4;  // query heads that share one reading of a key
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
-
-// A pass over ragged rows, the same for all layers.
-struct Pass {
-  const int32_t* tables;     // [sequences][width] blocks
-  const int32_t* rows;       // [count] rows that attend
-  const int32_t* sequences;  // [count] whose they are
-  const int32_t* lengths;    // [count] keys that they see
-  const int64_t* slots;      // [written] where each of the batch's rows goes
-  int64_t count;
-  int64_t written;
-  int64_t width;
-  int32_t block_size;
-  int32_t kv_heads;
-  int32_t heads;
-  int32_t head_dim;
-  int32_t is_bfloat16;
-};
 
 inline Floats load(const float* from) {
   Floats values;

@@ -18,7 +18,7 @@ from fathom.models.cache import build_directory, cache_root
 from fathom.models.errors import ModelError
 
 _FOLDER = Path(__file__).parent
-_UNITS = ("attention", "low_bit", "rows")
+_UNITS = ("attention", "layers", "low_bit", "rows")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-Wno-psabi")
 _COMPILERS = ("c++", "g++", "clang++")
 _LIBRARY = "kernels.so"
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 class Weight(ctypes.Structure):
-    """``struct Weight`` of low_bit.cpp."""
+    """``struct Weight`` of kernels.h."""
 
     _fields_ = (
         ("codes", ctypes.c_void_p),
@@ -40,7 +40,7 @@ class Weight(ctypes.Structure):
 
 
 class Pass(ctypes.Structure):
-    """``struct Pass`` of attention.cpp."""
+    """``struct Pass`` of kernels.h."""
 
     _fields_ = (
         ("tables", ctypes.c_void_p),
@@ -56,6 +56,15 @@ class Pass(ctypes.Structure):
         ("heads", ctypes.c_int32),
         ("head_dim", ctypes.c_int32),
         ("is_bfloat16", ctypes.c_int32),
+    )
+
+
+class Layer(ctypes.Structure):
+    """``struct Layer`` of kernels.h."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_void_p)
+        for name in ("input_norm", "qkv", "qk_norm", "output", "post_norm", "gate_up", "down")
     )
 
 
@@ -115,6 +124,14 @@ def _declare(loaded: ctypes.CDLL) -> None:
                 *(pointer, pointer, size),  # pass; pool, slots
                 *(pointer, size, pointer, size, real),  # q, kv, scale
                 *(pointer, size, integer),  # out, threads
+            ],
+        ),
+        "fathom_layers": (
+            None,
+            [
+                *(pointer, size, pointer),  # layers, count, pass
+                *(pointer, size, size, pointer),  # pool, layer_bytes, slots, hidden
+                *(real, real, pointer, pointer, integer),  # eps, scale, cos, sin, threads
             ],
         ),
         "fathom_rotate": (None, [pointer, integer, size, size, size, size, pointer, pointer]),

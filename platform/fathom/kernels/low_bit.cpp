@@ -17,6 +17,7 @@
 #include <cmath>
 #include <vector>
 
+#include "kernels.h"
 #include "numbers.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
@@ -31,17 +32,6 @@ constexpr int kLanes = 16;  // of 4 bytes, in 64
 constexpr int kCols = 2 * kLanes;
 constexpr int kSteps = kGroup / 4;
 constexpr int kTile = 4;  // rows that share one unpacking of the weights
-
-enum Epilogue { kPlain = 0, kAdd = 1, kSiluMul = 2 };
-
-struct Weight {
-  const uint8_t* codes;
-  const uint16_t* scales;  // half precision, as bits
-  const float* bias;       // [outputs] or null
-  int64_t outputs;
-  int64_t inputs;
-  int32_t bits;
-};
 
 // Activations in 8 bits: p [rows][inputs]; a, and a * sum p, [rows][groups] each.
 struct Rows {

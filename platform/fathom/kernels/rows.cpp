@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "kernels.h"
 #include "numbers.h"
 
 namespace {

@@ -83,6 +83,9 @@ class QuantizedLinear:
         bits: 4 or 8.
         gated: the first half of the outputs are a gate's, see ``normed_gated``.
 
+    Attributes:
+        address: of the weight as the kernels take it.
+
     Raises:
         ModelError: for a shape that the kernels cannot take, or without a compiler.
     """
@@ -111,7 +114,7 @@ class QuantizedLinear:
             self.in_features,
             bits,
         )
-        self._address = ctypes.addressof(self._weight)
+        self.address = ctypes.addressof(self._weight)
         self._run = library().fathom_linear
 
     @property
@@ -154,7 +157,7 @@ class QuantizedLinear:
             x = x.contiguous()
         out = x.new_empty((len(x), columns))
         self._run(
-            self._address,
+            self.address,
             x.data_ptr(),
             x.dtype is torch.bfloat16,
             len(x),

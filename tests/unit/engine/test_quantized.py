@@ -63,6 +63,17 @@ def test_exact_gives_what_full_gives_also_in_bfloat16(directory: Path, quantizat
     assert engine.info.quantization == quantization
 
 
+def test_layers_in_one_call_give_what_they_give_one_by_one(directory: Path) -> None:
+    """Fused or not, bit for bit; with a long prompt beside short ones, whose rows SDPA takes."""
+    prompts = [*PROMPTS, range(40)]
+    engines = [new_engine(directory, "int4") for _ in range(2)]
+    for stage in (engines[1]._shallow._stage, engines[1].deep._stage):
+        assert all(fused is not None for fused in stage._fused.values())
+        stage._fused = dict.fromkeys(stage._fused)
+    fused, one_by_one = (answers(engine, EXACT, prompts) for engine in engines)
+    assert fused == one_by_one
+
+
 def test_stages_of_other_bits_are_other_models(directory: Path) -> None:
     digests = {
         name: new_engine(directory, name).info.weights_digest
