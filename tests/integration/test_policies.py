@@ -154,7 +154,7 @@ def test_replicas_of_an_application_share(
         {
             "engine": {
                 "model": str(model), "dtype": "float32", "kv_cache_bytes": 8 << 20,
-                "adapter": "none", "meta": str(meta),
+                "adapter": "none", "meta": str(meta), "pause_drafting": False,
             },
             "operating_points": str(points),
             "drain_s": 1,

@@ -168,7 +168,9 @@ def run(args: argparse.Namespace) -> int:
 def _config(args: argparse.Namespace) -> ServeConfig:
     config = load_yaml(ServeConfig, args.config) if args.config else default_config()
     port = args.port or (config.port if args.config else free_port())
-    engine = dataclasses.replace(config.engine, **engine_values(args))
+    # Answers are compared with those of a calm server: they must not depend on the load.
+    values = {"pause_drafting": False, **engine_values(args)}
+    engine = dataclasses.replace(config.engine, **values)
     config = dataclasses.replace(config, engine=engine, port=port)
     config.validate()
     return config

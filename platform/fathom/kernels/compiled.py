@@ -18,7 +18,7 @@ from fathom.models.cache import build_directory, cache_root
 from fathom.models.errors import ModelError
 
 _FOLDER = Path(__file__).parent
-_UNITS = ("attention", "layers", "low_bit", "rows")
+_UNITS = ("attention", "layers", "linear", "rows")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-Wno-psabi")
 _COMPILERS = ("c++", "g++", "clang++")
 _LIBRARY = "kernels.so"
@@ -109,6 +109,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
     )  # fmt: skip
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "fathom_has_vnni": (integer, []),
+        "fathom_has_bfloat16": (integer, []),
         "fathom_attends": (integer, [integer]),
         "fathom_linear": (
             None,

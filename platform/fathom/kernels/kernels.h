@@ -4,10 +4,10 @@
 
 #include <cstdint>
 
-// A linear layer's weight in few bits; see low_bit.cpp.
+// A linear layer's weight; see linear.cpp.
 struct Weight {
   const uint8_t* codes;
-  const uint16_t* scales;  // half precision, as bits
+  const uint16_t* scales;  // half precision, as bits; null for 16 bits
   const float* bias;       // [outputs] or null
   int64_t outputs;
   int64_t inputs;
@@ -33,7 +33,7 @@ struct Pass {
   int32_t is_bfloat16;
 };
 
-// A layer whose linear layers all have few bits.
+// A layer whose linear layers the kernels run.
 struct Layer {
   const float* input_norm;  // [width]
   const Weight* qkv;

@@ -12,8 +12,8 @@ from fathom.attention.paged import PagedPass
 from fathom.kernels.compiled import Layer, library
 from fathom.models.decoder import Decoder
 from fathom.models.decoder import Layer as DecoderLayer
+from fathom.models.kernel_linear import KernelLinear
 from fathom.models.linear import AnyLinear
-from fathom.models.quantized import QuantizedLinear
 
 
 class FusedLayers:
@@ -63,14 +63,14 @@ def fuse(decoder: Decoder, first: int, last: int) -> FusedLayers | None:
     """Layers [first, last) for the kernels; None if one of them is not of few bits."""
     layers = decoder.layers[first - decoder.first : last - decoder.first]
     linears = [(own.qkv, own.output, own.gate_up, own.down) for own in layers]
-    if not layers or not all(isinstance(each, QuantizedLinear) for own in linears for each in own):
+    if not layers or not all(isinstance(each, KernelLinear) for own in linears for each in own):
         return None
     return FusedLayers(decoder, first, layers)
 
 
 def _pointers(layer: DecoderLayer) -> Layer:
     def address(linear: AnyLinear) -> int:
-        assert isinstance(linear, QuantizedLinear)
+        assert isinstance(linear, KernelLinear)
         return linear.address
 
     return Layer(

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from fathom.models.adapters import Adapter
 from fathom.models.config import ModelConfig, ModelError
 from fathom.models.decoder import Decoder
-from fathom.models.quantized import HEAD_BITS, make_linear
+from fathom.models.kernel_linear import make_linear, runs_halves
+from fathom.models.quantized import HEAD_BITS
 from fathom.models.weights import WeightFiles
 
 
@@ -40,6 +41,8 @@ class ExitHead:
     ) -> None:
         self._decoder = decoder
         self._norm = norm
+        if not bits and runs_halves(decoder.dtype, decoder.device, [decoder.config.hidden_size]):
+            bits = 16
         self._adapter = None if adapter is None else make_linear(adapter, bits=bits)
         self._subset = None if rows is None else make_linear(rows, bits=bits)
         self.token_ids = token_ids

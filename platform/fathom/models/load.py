@@ -13,8 +13,9 @@ from fathom.models.adapters import Adapter
 from fathom.models.config import ModelConfig, ModelError
 from fathom.models.decoder import Decoder, Layer
 from fathom.models.files import weights_digest
+from fathom.models.kernel_linear import make_linear, runs_halves
 from fathom.models.linear import AnyLinear
-from fathom.models.quantized import HEAD_BITS, make_linear
+from fathom.models.quantized import HEAD_BITS
 from fathom.models.resolve import resolve_model
 from fathom.models.weights import WeightFiles
 
@@ -63,7 +64,7 @@ def load_decoder(
         table = reader.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
     if head:
         norm = reader.tensor("model.norm.weight", config.hidden_size)
-        lm_head = _lm_head(reader, table, HEAD_BITS if bits[-1] else 0)
+        lm_head = _lm_head(reader, table, HEAD_BITS if bits[-1] else reader.own_bits)
     return Decoder(
         config,
         first,
@@ -98,10 +99,11 @@ def _lm_head(reader: _LayerReader, table: Tensor | None, bits: int) -> AnyLinear
     """The LM head; ``table`` is the embedding in the model's dtype where it is at hand."""
     config = reader.config
     shape = (config.vocab_size, config.hidden_size)
-    if table is not None and config.tie_word_embeddings and not bits:
-        return make_linear(table)
+    rounds = bits in (4, 8)
+    if table is not None and config.tie_word_embeddings and not rounds:
+        return make_linear(table, bits=bits)
     name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    dtype = torch.float32 if bits else reader.dtype
+    dtype = torch.float32 if rounds else reader.dtype
     return make_linear(reader.files.tensor(name, shape, dtype, reader.device), bits=bits)
 
 
@@ -154,7 +156,11 @@ class _Changed:
 
 
 class _LayerReader:
-    """Reads and fuses one layer after the other."""
+    """Reads and fuses one layer after the other.
+
+    Attributes:
+        own_bits: with which our kernels run weights of ``dtype``; 0: torch does.
+    """
 
     def __init__(
         self, files: _Tensors, config: ModelConfig, dtype: torch.dtype, device: torch.device
@@ -163,11 +169,18 @@ class _LayerReader:
         self.config = config
         self.dtype = dtype
         self.device = device
+        widths = (
+            config.hidden_size,
+            config.num_heads * config.head_dim,
+            config.intermediate_size,
+        )
+        self.own_bits = 16 if runs_halves(dtype, device, widths) else 0
 
     def tensor(self, name: str, *shape: int) -> Tensor:
         return self.files.tensor(name, shape, self.dtype, self.device)
 
     def layer(self, index: int, bits: int) -> Layer:
+        bits = bits or self.own_bits
         config, prefix = self.config, f"model.layers.{index}."
         d, inner = config.hidden_size, config.intermediate_size
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -202,7 +215,7 @@ class _LayerReader:
     ) -> AnyLinear:
         """Fuse parts that share their input: their outputs, in order, become one linear's."""
         # What is rounded to few bits should not have been rounded to the dtype before.
-        dtype = torch.float32 if bits else self.dtype
+        dtype = torch.float32 if bits in (4, 8) else self.dtype
 
         def read(name: str, *shape: int) -> Tensor:
             return self.files.tensor(name, shape, dtype, self.device)

@@ -54,7 +54,7 @@ EXACT = ComputePolicy(
 )
 
 
-@pytest.mark.parametrize("quantization", ["int4", "int8", "int8:int4", "none:int8"])
+@pytest.mark.parametrize("quantization", ["none", "int4", "int8", "int8:int4", "none:int8"])
 def test_exact_gives_what_full_gives_also_in_bfloat16(directory: Path, quantization: str) -> None:
     alone = [answers(new_engine(directory, quantization), FULL, [prompt])[0] for prompt in PROMPTS]
     engine = new_engine(directory, quantization)

@@ -59,7 +59,7 @@ def fresh(speaking: tuple[Path, Decoder]) -> Callable[..., Engine]:
     directory, decoder = speaking
 
     def make(wrap_deep: Any = lambda deep: deep, **fields: Any) -> Engine:
-        settings = {"block_size": 4, "kv_cache_bytes": 1 << 20, **fields}
+        settings = {"block_size": 4, "kv_cache_bytes": 1 << 20, "pause_drafting": False, **fields}
         config = EngineConfig(model=str(directory), dtype="float32", **settings)
         return assemble(
             config,

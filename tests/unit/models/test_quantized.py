@@ -15,12 +15,16 @@ from hypothesis import strategies as st
 from fathom.kernels.compiled import optional_library
 from fathom.models.bits import Bits
 from fathom.models.errors import ModelError
+from fathom.models.kernel_linear import KernelLinear, runs_halves
 from fathom.models.linear import Linear
 from fathom.models.load import load_decoder
-from fathom.models.quantized import QuantizedLinear, round_weight
+from fathom.models.quantized import round_weight
 from tests.unit.models.conftest import logits_of
 
 pytestmark = pytest.mark.skipif(optional_library() is None, reason="needs a C++ compiler")
+HALVES = pytest.mark.skipif(
+    not runs_halves(torch.bfloat16, torch.device("cpu"), []), reason="needs AVX-512 BF16"
+)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -67,7 +71,7 @@ def test_equal_weights_and_zeros_stay_what_they_are() -> None:
 def test_products_are_those_of_the_rounded_weights(out, groups, rows, bits, dtype, bias):
     weight, x = random(out, 32 * groups), random(rows, 32 * groups, seed=1).to(dtype)
     offset = random(out, seed=2) if bias else None
-    got = QuantizedLinear(weight, offset, bits=bits)(x)
+    got = KernelLinear(weight, offset, bits=bits)(x)
     expected = F.linear(x.float(), round_weight(weight, bits).floats(), offset)
     assert got.dtype is dtype
     # Activations have 8 bits: under 1% of the length of a row of products.
@@ -75,10 +79,10 @@ def test_products_are_those_of_the_rounded_weights(out, groups, rows, bits, dtyp
     assert (error <= 0.02 * x.float().norm(dim=1) * weight.norm(dim=1).amax()).all()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 8, pytest.param(16, marks=HALVES)])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_row_does_not_depend_on_the_rows_beside_it(bits: int, threads: int) -> None:
-    linear = QuantizedLinear(random(96, 64), bits=bits)
+    linear = KernelLinear(random(96, 64), bits=bits)
     x = random(11, 64, seed=1).bfloat16()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -88,14 +92,39 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(bits: int, threads: int) ->
         torch.set_num_threads(before)
 
 
+@HALVES
+@settings(max_examples=30, deadline=None)
+@given(out=st.integers(1, 70), inputs=st.integers(1, 3), rows=st.integers(1, 9), bias=st.booleans())
+def test_products_in_bfloat16_are_those_of_torch(out, inputs, rows, bias):
+    weight, x = random(out, 32 * inputs).bfloat16(), random(rows, 32 * inputs, seed=1).bfloat16()
+    offset = random(out, seed=2).bfloat16() if bias else None
+    got = KernelLinear(weight, offset, bits=16)(x)
+    expected = F.linear(x.float(), weight.float(), None if offset is None else offset.float())
+    torch.testing.assert_close(got.float(), expected, rtol=8e-3, atol=1e-2)
+
+
+@HALVES
+def test_norm_residual_and_gate_in_bfloat16_are_those_of_torch() -> None:
+    weight, x = random(128, 64).bfloat16() * 0.1, random(5, 64, seed=1).bfloat16()
+    norm, residual = random(64, seed=2).bfloat16(), random(5, 128, seed=4).bfloat16()
+    plain, ours = Linear(weight), KernelLinear(weight, bits=16)
+    gated = KernelLinear(weight, bits=16, gated=True)
+    for got, expected in (
+        (ours.normed(x, norm.float(), 1e-5), plain.normed(x, norm, 1e-5)),
+        (ours.added(x, residual), plain.added(x, residual)),
+        (gated.normed_gated(x, norm.float(), 1e-5), plain.normed_gated(x, norm, 1e-5)),
+    ):
+        assert relative(got, expected) < 0.01
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norm_residual_and_gate_are_those_of_a_plain_linear(dtype: torch.dtype) -> None:
     weight, bias = random(128, 64) * 0.1, random(128, seed=3) * 0.1
     floats = round_weight(weight, 8).floats()
     plain = Linear(floats.to(dtype), bias.to(dtype))
     x, norm = random(5, 64, seed=1).to(dtype), random(64, seed=2)
-    quantized = QuantizedLinear(weight, bias, bits=8)
-    gated = QuantizedLinear(weight, bias, bits=8, gated=True)
+    quantized = KernelLinear(weight, bias, bits=8)
+    gated = KernelLinear(weight, bias, bits=8, gated=True)
     residual = random(5, 128, seed=4).to(dtype)
     kept = residual.clone()
     for got, expected in (
@@ -111,15 +140,15 @@ def test_norm_residual_and_gate_are_those_of_a_plain_linear(dtype: torch.dtype) 
 def test_what_is_not_finite_shows_in_its_row_alone() -> None:
     x = random(3, 64)
     x[1, 40] = float("inf")
-    out = QuantizedLinear(random(40, 64), bits=4)(x)
+    out = KernelLinear(random(40, 64), bits=4)(x)
     assert out[1].isnan().all() and out[[0, 2]].isfinite().all()
 
 
 def test_widths_that_cannot_be_grouped_are_refused() -> None:
     with pytest.raises(ModelError, match="multiple of 32, got 48"):
-        QuantizedLinear(random(8, 48), bits=4)
+        KernelLinear(random(8, 48), bits=4)
     with pytest.raises(ModelError, match="inner width that is a multiple of 32, got 40"):
-        QuantizedLinear(random(80, 64), bits=4, gated=True)
+        KernelLinear(random(80, 64), bits=4, gated=True)
     with pytest.raises(ModelError, match="not finite"):
         round_weight(torch.full((1, 32), float("nan")), 8)
 

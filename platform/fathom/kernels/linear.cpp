@@ -1,18 +1,24 @@
-// Products of activations with weights of 4 or 8 bits, for CPUs.
+// Products of activations with weights of 4, 8 or 16 bits, for CPUs.
 //
-// A weight is d * q + m: q in [0, 2^bits), and d, m of half precision for every 32 weights of a row
+// 4 and 8 bits. A weight is d * q + m: q in [0, 2^bits), and d, m of half precision for every 32 weights of a row
 // (llama.cpp's Q4_1). An activation is a * p: p in [-127, 127], and a for every 32 activations of a
 // row. For a group
 //
 //     sum_k (d q_k + m) (a p_k)  =  d a (sum_k q_k p_k) + m (a sum_k p_k)
 //
 // of which the first sum is exact, in integers: AVX-512 VNNI takes 64 products at a time, unsigned
-// times signed. Groups are added in their order, in single precision, whatever the number of rows:
-// a row's result does not depend on the rows beside it.
+// times signed. Groups are added in their order, in single precision.
+//
+// 16 bits: bfloat16 times bfloat16, two products at a time, added in single precision in their
+// order.
+//
+// Nothing of this depends on the number of rows: a row's result is the same whatever rows are
+// beside it.
 //
 // Layout of q: blocks of 32 outputs; in one, groups; in one, 8 steps of [32 outputs][4 inputs]. With
 // 4 bits, a byte holds an even step in its low half and the next odd one in its high half.
 // Layout of the scales: [block][group][d, m][32 outputs].
+// Layout of 16 bits: blocks of 32 outputs; in one, steps of [32 outputs][2 inputs].
 
 #include <cmath>
 #include <vector>
@@ -23,6 +29,9 @@
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 #define FATHOM_VNNI 1
+#if defined(__AVX512BF16__)
+#define FATHOM_BFLOAT16 1
+#endif
 #endif
 
 namespace {
@@ -33,11 +42,13 @@ constexpr int kCols = 2 * kLanes;
 constexpr int kSteps = kGroup / 4;
 constexpr int kTile = 4;  // rows that share one unpacking of the weights
 
-// Activations in 8 bits: p [rows][inputs]; a, and a * sum p, [rows][groups] each.
+// Activations. For 4 and 8 bits: p [rows][inputs]; a, and a * sum p, [rows][groups] each. For 16
+// bits: halves [rows][inputs].
 struct Rows {
   std::vector<int8_t> codes;
   std::vector<float> scales;
   std::vector<float> sums;
+  std::vector<bfloat16> halves;
 };
 
 inline float load(const void* base, int64_t index, bool is_bfloat16) {
@@ -82,36 +93,58 @@ void quantize_row(const float* values, int64_t inputs, int8_t* codes, float* sca
   }
 }
 
-// RMSNorm in place: x / sqrt(mean(x^2) + eps) * weight.
-void rms_norm(float* values, int64_t inputs, const float* weight, float eps) {
+// RMSNorm in place: x / sqrt(mean(x^2) + eps) * weight. For bfloat16, what is scaled is rounded
+// before it meets the weight, as in transformers.
+void rms_norm(float* values, int64_t inputs, const float* weight, float eps, bool rounds) {
   float total = 0.0f;
 #pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < inputs; ++i) total += values[i] * values[i];
   const float factor = 1.0f / std::sqrt(total / static_cast<float>(inputs) + eps);
+  if (rounds) {
 #pragma omp simd
-  for (int64_t i = 0; i < inputs; ++i) values[i] = values[i] * factor * weight[i];
+    for (int64_t i = 0; i < inputs; ++i) values[i] = rounded<bfloat16>(values[i] * factor) * weight[i];
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < inputs; ++i) values[i] = values[i] * factor * weight[i];
+  }
 }
 
-void quantize(const void* x, bool is_bfloat16, int64_t rows, int64_t inputs, int64_t stride,
-              const float* norm, float eps, Rows& out, int threads) {
-  const int64_t groups = inputs / kGroup;
-  out.codes.resize(rows * inputs);
-  out.scales.resize(rows * groups);
-  out.sums.resize(rows * groups);
+void prepare(const Weight& weight, const void* x, bool is_bfloat16, int64_t rows, int64_t stride,
+             const float* norm, float eps, Rows& out, int threads) {
+  const int64_t inputs = weight.inputs, groups = inputs / kGroup;
+  const bool halves = weight.bits == 16;
+  if (halves) {
+    out.halves.resize(rows * inputs);
+  } else {
+    out.codes.resize(rows * inputs);
+    out.scales.resize(rows * groups);
+    out.sums.resize(rows * groups);
+  }
 #pragma omp parallel for num_threads(threads) if (threads > 1 && rows > kTile) schedule(static)
   for (int64_t row = 0; row < rows; ++row) {
-    static thread_local std::vector<float> values;
-    values.resize(inputs);
+    static thread_local std::vector<float> buffer;
+    buffer.resize(inputs);
+    float* values = buffer.data();
     if (is_bfloat16) {
       const bfloat16* own = static_cast<const bfloat16*>(x) + row * stride;
+      if (halves && norm == nullptr) {
+        std::memcpy(&out.halves[row * inputs], own, inputs * sizeof(bfloat16));
+        continue;
+      }
 #pragma omp simd
       for (int64_t i = 0; i < inputs; ++i) values[i] = to_float(own[i]);
     } else {
-      std::memcpy(values.data(), static_cast<const float*>(x) + row * stride, inputs * 4);
+      std::memcpy(values, static_cast<const float*>(x) + row * stride, inputs * 4);
     }
-    if (norm != nullptr) rms_norm(values.data(), inputs, norm, eps);
-    quantize_row(values.data(), inputs, &out.codes[row * inputs], &out.scales[row * groups],
-                 &out.sums[row * groups]);
+    if (norm != nullptr) rms_norm(values, inputs, norm, eps, halves);
+    if (halves) {
+      bfloat16* own = &out.halves[row * inputs];
+#pragma omp simd
+      for (int64_t i = 0; i < inputs; ++i) assign(own[i], values[i]);
+    } else {
+      quantize_row(values, inputs, &out.codes[row * inputs], &out.scales[row * groups],
+                   &out.sums[row * groups]);
+    }
   }
 }
 
@@ -175,6 +208,44 @@ void tile_of(const Weight& weight, int64_t block, const Rows& rows, int64_t row,
     for (int half = 0; half < 2; ++half) _mm512_storeu_ps(acc[r] + half * kLanes, sums[r][half]);
 }
 
+#if FATHOM_BFLOAT16
+
+// The same for 16 bits.
+template <int M>
+void tile_of_halves(const Weight& weight, int64_t block, const Rows& rows, int64_t row,
+                    float acc[kTile][kCols]) {
+  const int64_t inputs = weight.inputs;
+  const uint8_t* pairs = weight.codes + block * inputs * kCols * 2;
+  const bfloat16* x = rows.halves.data() + row * inputs;
+  __m512 sums[M][2];
+  for (int r = 0; r < M; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < inputs; k += 2, pairs += 128) {
+    const __m512bh left = (__m512bh)_mm512_loadu_si512(pairs);
+    const __m512bh right = (__m512bh)_mm512_loadu_si512(pairs + 64);
+    for (int r = 0; r < M; ++r) {
+      int32_t two;
+      std::memcpy(&two, x + r * inputs + k, 4);
+      const __m512bh both = (__m512bh)_mm512_set1_epi32(two);
+      sums[r][0] = _mm512_dpbf16_ps(sums[r][0], left, both);
+      sums[r][1] = _mm512_dpbf16_ps(sums[r][1], right, both);
+    }
+  }
+  for (int r = 0; r < M; ++r)
+    for (int half = 0; half < 2; ++half) _mm512_storeu_ps(acc[r] + half * kLanes, sums[r][half]);
+}
+
+void tile_halves(int count, const Weight& weight, int64_t block, const Rows& rows, int64_t row,
+                 float acc[kTile][kCols]) {
+  switch (count) {
+    case 1: return tile_of_halves<1>(weight, block, rows, row, acc);
+    case 2: return tile_of_halves<2>(weight, block, rows, row, acc);
+    case 3: return tile_of_halves<3>(weight, block, rows, row, acc);
+    default: return tile_of_halves<4>(weight, block, rows, row, acc);
+  }
+}
+
+#endif
+
 template <int BITS>
 void tile(int count, const Weight& weight, int64_t block, const Rows& rows, int64_t row,
           float acc[kTile][kCols]) {
@@ -230,6 +301,9 @@ void tile(int count, const Weight& weight, int64_t block, const Rows& rows, int6
 
 void tile(int count, const Weight& weight, int64_t block, const Rows& rows, int64_t row,
           float acc[kTile][kCols]) {
+#if FATHOM_BFLOAT16
+  if (weight.bits == 16) return tile_halves(count, weight, block, rows, row, acc);
+#endif
   if (weight.bits == 4) return tile<4>(count, weight, block, rows, row, acc);
   return tile<8>(count, weight, block, rows, row, acc);
 }
@@ -254,6 +328,15 @@ int fathom_has_vnni() {
 #endif
 }
 
+// Whether weights of 16 bits can be multiplied here.
+int fathom_has_bfloat16() {
+#if FATHOM_BFLOAT16
+  return 1;
+#else
+  return 0;
+#endif
+}
+
 // out [rows][outputs] = norm(x) weight^T + bias, with RMSNorm where `norm` is given; and then
 //   kAdd: + residual.
 //   kSiluMul: 16 outputs of gate and the same 16 of up in turns; out has half as many columns,
@@ -264,9 +347,9 @@ void fathom_linear(const Weight* weight, const void* x, int is_bfloat16, int64_t
                    const void* residual, int64_t residual_stride, void* out, int64_t out_stride,
                    int threads) {
   // An engine calls from one thread, always the same: its buffers are kept.
-  static thread_local Rows quantized;
-  quantize(x, is_bfloat16, rows, weight->inputs, x_stride, norm, eps, quantized, threads);
-  const Rows& in = quantized;
+  static thread_local Rows prepared;
+  prepare(*weight, x, is_bfloat16, rows, x_stride, norm, eps, prepared, threads);
+  const Rows& in = prepared;
   const bool gated = epilogue == kSiluMul;
   const int64_t blocks = (weight->outputs + kCols - 1) / kCols;
   const int64_t columns = gated ? weight->outputs / 2 : weight->outputs;
