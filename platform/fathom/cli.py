@@ -20,6 +20,7 @@ from fathom.commands import (
     doctor,
     evaluate,
     exits,
+    export,
     generate,
     promote,
     pull,
@@ -50,6 +51,7 @@ examples:
   fathom promote small --server URL              a study's fastest good point into production
   fathom exits show                              what a server's exit policies have seen
   fathom eval --tasks gsm8k --modes full,free    quality and speed beside the full model
+  fathom export --for vllm --out draft           the shallow stage as a draft model for vLLM
   fathom doctor                                  what is here, what is missing
 
 exit codes: 0 done, 1 failure, 2 bad usage, 130 interrupted. FATHOM_DEBUG=1 shows tracebacks.
@@ -68,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for module in (
         serve, generate, pull, bench, chaos, train, calibrate, tune, promote, dashboard, exits,
-        evaluate, doctor,
+        evaluate, export, doctor,
     ):  # fmt: skip
         module.add_parser(commands)
     return parser
