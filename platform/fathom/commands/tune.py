@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fathom.commands.options import UsageError, add_command
 from fathom.commands.reports import check_output, machine, write_json
+from fathom.commands.tune_folder import claim
 from fathom.commands.tune_table import show
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
 
         live = LiveRuns(study, folder, traces, work_dir)
     work_dir.mkdir(exist_ok=True)
-    _claim(work_dir, study, traces)
+    claim(work_dir, study, traces)
     out: Path = args.out or work_dir / "points.yaml"
     start = time.perf_counter()
     with contextlib.ExitStack() as stack:
@@ -196,28 +196,6 @@ def _runner(study: Study, work_dir: Path) -> Iterator[Runner]:
     finally:
         if started:
             ray.shutdown()
-
-
-def _claim(work_dir: Path, study: Study, traces: Traces) -> None:
-    """Make the folder this study's; one that has another's trials is refused.
-
-    Traces are told by their content, so files may move. What runs live after the search has a
-    record of its own.
-    """
-    note = work_dir / "study.json"
-    # Through JSON, which makes lists of tuples.
-    own = json.loads(json.dumps({**study.as_dict(), "traces": traces.digests}))
-    if note.exists():
-        there = json.loads(note.read_text())
-        free = {"finalists"} if study.runs_live else {"finalists", "live"}
-        differs = [name for name in own if name not in free and own[name] != there.get(name)]
-        if differs:
-            name = differs[0]
-            raise UsageError(
-                f"{work_dir}: holds trials of a study whose {name} is {there.get(name)!r}, not "
-                f"{own[name]!r}: give another --work-dir, or delete this one."
-            )
-    write_json(note, own)
 
 
 def _search(
