@@ -20,7 +20,7 @@ from fathom.tuning.study_traces import read_traces
 
 BASE = {
     "mode": "free", "policy": "threshold", "confidence": "softmax_gap", "max_stack": 8,
-    "exit_temperature": 1.0, "pause_drafting": True,
+    "exit_temperature": 1.0, "pause_drafting": False,
 }  # fmt: skip
 POINTS: list[dict[str, Any]] = [
     {"exit_threshold": 0.9},
@@ -37,7 +37,7 @@ POINTS: list[dict[str, Any]] = [
     {"policy": "adaptive"},
     {"mode": "exact", "exit_threshold": 0.5, "pause_drafting": False},
     {"mode": "exact", "exit_threshold": 0.2, "max_stack": 3, "pause_drafting": False},
-    {"mode": "exact", "exit_threshold": 0.3},
+    {"mode": "exact", "exit_threshold": 0.3, "pause_drafting": True},
     {"mode": "exact", "policy": "budget", "budget": 0.8},
 ]
 
