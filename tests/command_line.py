@@ -1,7 +1,8 @@
-"""The command line as users run it: a process of its own."""
+"""The command line as users run it, in a process of its own; or in this one, which is cheaper."""
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -10,15 +11,19 @@ from pathlib import Path
 
 import pytest
 
+from fathom.cli import main
+
 Fathom = Callable[..., subprocess.CompletedProcess[str]]
 
 COMMAND = (sys.executable, "-m", "fathom.cli")
 
 
+HIDDEN = ("FATHOM_DEBUG", "FATHOM_API_KEY", "NO_COLOR", "FORCE_COLOR")
+
+
 def environment(**changes: str) -> dict[str, str]:
     """This process's environment, without what would change the output."""
-    hidden = {"FATHOM_DEBUG", "FATHOM_API_KEY", "NO_COLOR", "FORCE_COLOR"}
-    return {k: v for k, v in os.environ.items() if k not in hidden} | changes
+    return {k: v for k, v in os.environ.items() if k not in HIDDEN} | changes
 
 
 @pytest.fixture
@@ -37,5 +42,30 @@ def fathom(tmp_path: Path) -> Fathom:
             timeout=240,
             check=False,
         )
+
+    return run
+
+
+@pytest.fixture
+def fathom_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Fathom:
+    """As ``fathom``, in this process: for what ends before anything is loaded or started."""
+
+    def run(*args: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(tmp_path)
+        for name in HIDDEN:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        try:
+            code = main(args)
+        except SystemExit as end:  # argparse's way
+            assert isinstance(end.code, int)
+            code = end.code
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(args, code, said.out, said.err)
 
     return run

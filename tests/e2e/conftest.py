@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
-from tests.command_line import fathom
+from tests.command_line import fathom, fathom_here
 from tests.ray_fixtures import TestServer, server
 from tests.tiny_models import tiny_model
 
-__all__ = ["fathom", "server", "tiny_model"]
+__all__ = ["fathom", "fathom_here", "server", "tiny_model"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

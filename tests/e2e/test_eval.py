@@ -209,15 +209,15 @@ def test_an_interrupted_evaluation_goes_on(
         ("--tasks gsm8k --data gsm8k=none.jsonl", "there is no such file"),
     ],
 )
-def test_usage_errors(fathom: Fathom, args: str, says: str) -> None:
-    result = fathom("eval", *args.split())
+def test_usage_errors(fathom_here: Fathom, args: str, says: str) -> None:
+    result = fathom_here("eval", *args.split())
     assert result.returncode == 2, result.stderr
     assert says in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_missing_data_says_where_to_get_it(fathom: Fathom) -> None:
-    result = fathom("eval", "--tasks", "gsm8k", FATHOM_DATA="")
+def test_missing_data_says_where_to_get_it(fathom_here: Fathom) -> None:
+    result = fathom_here("eval", "--tasks", "gsm8k", FATHOM_DATA="")
     assert result.returncode == 1
     assert "FATHOM_DATA is unset" in result.stderr
     assert "huggingface.co/datasets/openai/gsm8k" in result.stderr

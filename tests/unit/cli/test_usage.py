@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from fathom import __version__
-from tests.command_line import Fathom, fathom
+from tests.command_line import Fathom, fathom, fathom_here
 
-__all__ = ["fathom"]
+__all__ = ["fathom", "fathom_here"]
 
 COMMANDS = [
     "serve",
@@ -30,13 +30,14 @@ COMMANDS = [
     "rollback",
     "dashboard",
     "eval",
+    "export",
     "doctor",
 ]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_help_has_examples(fathom: Fathom, command: str) -> None:
-    result = fathom(*command.split(), "--help")
+def test_help_has_examples(fathom_here: Fathom, command: str) -> None:
+    result = fathom_here(*command.split(), "--help")
     assert result.returncode == 0
     assert f"  fathom {command}" in result.stdout.split("examples:")[1]
 
@@ -110,8 +111,8 @@ def test_version(fathom: Fathom) -> None:
         ("pull --source nowhere", "invalid choice: 'nowhere'"),
     ],
 )
-def test_usage_errors_are_one_line_and_exit_2(fathom: Fathom, args: str, says: str) -> None:
-    result = fathom(*args.split())
+def test_usage_errors_are_one_line_and_exit_2(fathom_here: Fathom, args: str, says: str) -> None:
+    result = fathom_here(*args.split())
     assert result.returncode == 2, result.stderr
     # Python's versions differ in quoting choices.
     assert says.replace("'", "") in result.stderr.replace("'", "")
@@ -119,9 +120,18 @@ def test_usage_errors_are_one_line_and_exit_2(fathom: Fathom, args: str, says: s
     assert result.stdout == ""
 
 
-def test_unknown_setting_in_a_file_names_the_known_ones(fathom: Fathom, tmp_path: Path) -> None:
+def test_errors_end_a_process_in_the_same_way(fathom: Fathom) -> None:
+    for args in ("nonsense", "generate --new-tokens 0 hi"):
+        result = fathom(*args.split())
+        assert result.returncode == 2, result.stderr
+        assert "error: " in result.stderr
+        assert "Traceback" not in result.stderr
+        assert result.stdout == ""
+
+
+def test_unknown_setting_in_a_file_names_the_known_ones(fathom_here: Fathom, tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("engine:\n  modell: x\n")
-    result = fathom("serve", "--config", "bad.yaml")
+    result = fathom_here("serve", "--config", "bad.yaml")
     assert result.returncode == 2
     assert "engine.modell: unknown setting; known: adapter, block_size" in result.stderr
 
@@ -141,18 +151,18 @@ def test_unknown_setting_in_a_file_names_the_known_ones(fathom: Fathom, tmp_path
     ],
 )
 def test_a_bad_line_is_named_before_any_work(
-    fathom: Fathom, tmp_path: Path, line: str, says: str
+    fathom_here: Fathom, tmp_path: Path, line: str, says: str
 ) -> None:
     (tmp_path / "in.jsonl").write_text(f'{{"prompt": "good"}}\n\n{line}\n')
-    result = fathom("generate", "--prompts", "in.jsonl", "--json", "out.jsonl")
+    result = fathom_here("generate", "--prompts", "in.jsonl", "--json", "out.jsonl")
     assert result.returncode == 2
     assert f"in.jsonl:3: {says}" in result.stderr
     assert 'write {"prompt": "text"}' in result.stderr
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_missing_model_is_a_failure(fathom: Fathom) -> None:
-    result = fathom("generate", "--model", "nobody/nothing-here", "hi")
+def test_a_missing_model_is_a_failure(fathom_here: Fathom) -> None:
+    result = fathom_here("generate", "--model", "nobody/nothing-here", "hi")
     assert result.returncode == 1
     assert "fathom pull nobody/nothing-here" in result.stderr
     assert result.stderr.count("\n") == 1
@@ -164,7 +174,7 @@ def test_debug_shows_the_traceback(fathom: Fathom) -> None:
     assert "Traceback" in result.stderr
 
 
-def test_a_public_address_without_a_key_is_refused(fathom: Fathom) -> None:
-    result = fathom("serve", "--host", "0.0.0.0")
+def test_a_public_address_without_a_key_is_refused(fathom_here: Fathom) -> None:
+    result = fathom_here("serve", "--host", "0.0.0.0")
     assert result.returncode == 2
     assert "FATHOM_API_KEY" in result.stderr
