@@ -63,8 +63,7 @@ def fathom_here(
         try:
             code = main(args)
         except SystemExit as end:  # argparse's way
-            assert isinstance(end.code, int)
-            code = end.code
+            code = int(end.code or 0)
         said = capsys.readouterr()
         return subprocess.CompletedProcess(args, code, said.out, said.err)
 

@@ -129,7 +129,9 @@ def test_errors_end_a_process_in_the_same_way(fathom: Fathom) -> None:
         assert result.stdout == ""
 
 
-def test_unknown_setting_in_a_file_names_the_known_ones(fathom_here: Fathom, tmp_path: Path) -> None:
+def test_unknown_setting_in_a_file_names_the_known_ones(
+    fathom_here: Fathom, tmp_path: Path
+) -> None:
     (tmp_path / "bad.yaml").write_text("engine:\n  modell: x\n")
     result = fathom_here("serve", "--config", "bad.yaml")
     assert result.returncode == 2
