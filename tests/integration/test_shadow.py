@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,78 @@ def test_the_run_ends_with_the_application(shadowed: Shadowed) -> None:
     client = mlflow.MlflowClient(shadowed.mlflow)
     wait_until(lambda: client.get_run(run_id).info.status == "FINISHED")
     wait_until(lambda: not [n for n in _names() if n.startswith(f"shadow-of-{APPLICATION}/")])
+
+
+COUNT = 40  # requests
+TOPOLOGIES: dict[str, dict[str, Any]] = {
+    "fused": {"num_replicas": 2, "num_ingress_replicas": 2},
+    "disaggregated": {
+        "topology": "disaggregated",
+        "shallow": {"cpus": 0.3, "num_replicas": 2},
+        "deep": {"cpus": 0.3},
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", list(TOPOLOGIES))
+def test_what_replicas_see_is_added_up(
+    server: TestServer, tiny_model: Path, tmp_path: Path, topology: str
+) -> None:
+    from deployments.app import build
+
+    model = save_model(tmp_path / "model", tiny_model)
+    points_of(build_engine(engine_settings(model)).info).save(tmp_path / "points.yaml")
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    name = f"shadowed-{topology}"
+    application = build(
+        {
+            "engine": {
+                "model": str(model), "dtype": "float32", "kv_cache_bytes": 8 << 20,
+                "adapter": "none",
+            },
+            "operating_points": str(tmp_path / "points.yaml"),
+            "cpus_per_replica": 0.4,
+            "drain_s": 1,
+            "mlflow": uri,
+            "shadow": SHADOW,
+            **TOPOLOGIES[topology],
+        }
+    )  # fmt: skip
+    serve.run(application, name=name, route_prefix=f"/{name}")
+    own = TestServer(url=f"{server.url}/{name}", model=str(model))
+    try:
+        with own.http() as http:
+            under_test = Shadowed(own.url, str(model), uri, None, http)  # type: ignore[arg-type]
+            with ThreadPoolExecutor(4) as pool:
+                asked = list(
+                    pool.map(lambda _: under_test.ask({"operating_point": "fast"}), range(COUNT))
+                )
+            pages = [each["usage"]["compute"] for each in asked]
+            # Both have worked, and both are heard.
+            figure = "fathom_replica_generation_tokens_total{"
+            lines = [line for line in http.get("/metrics").text.splitlines()
+                     if line.startswith(figure)]  # fmt: skip
+            assert len(lines) == 2
+            assert all(float(line.split()[-1]) > 0 for line in lines), lines
+            wait_until(lambda: under_test.point("fast").get("completions") == COUNT)
+            point = under_test.point("fast")
+            assert point["alert"]
+            assert point["decided"] == COUNT * 16
+            assert point["exited"] == sum(page["exited"] for page in pages)
+            assert point["wrong"] == sum(page["verified"] - page["accepted"] for page in pages)
+            run_id = under_test.run_id()
+            client = mlflow.MlflowClient(uri)
+            wait_until(lambda: client.get_run(run_id).data.tags[ALERT] == "fast")
+            wait_until(
+                lambda: (
+                    sum(m.value for m in client.get_metric_history(run_id, "fast/completions"))
+                    == COUNT
+                )
+            )
+    finally:
+        serve.delete(name)
+    wait_until(lambda: client.get_run(run_id).info.status == "FINISHED")
 
 
 def _names() -> list[str]:
