@@ -7,6 +7,7 @@ draft among those that both have, and give the draft ``UNKNOWN`` for every other
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from fathom.models.config import ModelError
 from fathom.models.export import EMBEDDING, HEAD, Draft
-from fathom.models.tokenizer import Tokenizer
+from fathom.models.tokenizer import ChatTemplateError, Tokenizer
 
 UNKNOWN = "<|fathom-unknown|>"
 
@@ -26,17 +27,28 @@ UNKNOWN = "<|fathom-unknown|>"
 def choose_tokens(ranked: Tensor, tokenizer: Tokenizer, count: int) -> list[int]:
     """Token ids of a draft's vocabulary.
 
-    The tokenizer's special tokens, which every chat has; then those that an exit head ranks, most
-    frequent first; then the lowest ids, since byte-pair merges are learned most frequent first.
+    The tokenizer's special tokens and those of its chat template, which every chat has; then those
+    that an exit head ranks, most frequent first; then the lowest ids, since byte-pair merges are
+    learned most frequent first.
 
     Args:
         ranked: int64 [n], perhaps empty.
         count: how many; fewer if the tokenizer has fewer.
     """
     special = sorted(tokenizer.hf.all_special_ids)
-    every = [*special, *ranked.tolist(), *range(tokenizer.vocab_size)]
+    every = [*special, *_of_chats(tokenizer), *ranked.tolist(), *range(tokenizer.vocab_size)]
     spelled = (i for i in dict.fromkeys(every) if tokenizer.hf.convert_ids_to_tokens(i) is not None)
     return [token for token, _ in zip(spelled, range(count), strict=False)]
+
+
+def _of_chats(tokenizer: Tokenizer) -> list[int]:
+    """Tokens that the chat template itself writes; none without one."""
+    turns = [{"role": role, "content": ""} for role in ("user", "assistant", "user")]
+    for messages in (turns, turns[:1]):
+        # A template is a program, and may refuse these.
+        with contextlib.suppress(ChatTemplateError):
+            return tokenizer.apply_chat_template(messages)
+    return []
 
 
 def narrowed(draft: Draft, token_ids: Sequence[int]) -> Draft:
