@@ -30,7 +30,7 @@ DEV_STAMP := $(VENV)/.fathom-dev
 # Tests never ask the hub for anything, and small matrices gain nothing from many threads.
 TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0
 # Workers take whole files of tests; of all tests, those that share the one server are one group,
-# which a worker goes through while the others take the rest (see tests/conftest.py).
+# which a worker goes through while the others take the rest (see tests/groups.py).
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
 PYTEST = $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS)
 UNIT_TESTS = $(PYTEST) tests/unit --dist loadfile $(PYTEST_ARGS)

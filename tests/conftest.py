@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 # Before anything imports torch or huggingface_hub. Two busy processes with a thread for each core
 # slow each other down many times over.
@@ -18,6 +19,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hypothesis
 import pytest
 
+from tests.groups import make_scheduler, turn_of
+
 # Time limits of single examples fail on a busy machine and say nothing about the code.
 hypothesis.settings.register_profile("fathom", deadline=None, print_blob=True)
 hypothesis.settings.register_profile(
@@ -26,45 +29,20 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "fathom")
 
 
-HERE = Path(__file__).parent
-STARTS_RAY = ("test_chaos", "test_disaggregated", "test_startup", "test_study", "test_tune")
-"""Files (beginnings of names) with tests that start a Ray of their own, in another process."""
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """``-n N --dist loadgroup`` is by our groups."""
+    return make_scheduler(config, log) if config.getoption("dist") == "loadgroup" else None
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     _mark_gpu(items)
-    if config.getoption("loadgroup", False):  # a worker of `pytest -n N --dist loadgroup`
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(_group(item)))
-        items.sort(key=_turn)
-
-
-def _group(item: pytest.Item) -> str:
-    """What shares the one server of ``ray_fixtures`` is one group; else a file is."""
-    return "server" if _uses_server(item) else str(item.path.relative_to(HERE))
-
-
-def _turn(item: pytest.Item) -> int:
-    """The longest group first, and short ones last, so that workers end together.
-
-    Tests that start a Ray of their own come after others without one: on a machine that never ran
-    Ray, two that start at once would each write Ray's token.
-    """
-    if _uses_server(item):
-        return 0
-    if HERE / "unit" in item.path.parents:
-        return 3
-    return 2 if item.path.name.startswith(STARTS_RAY) else 1
-
-
-def _uses_server(item: pytest.Item) -> bool:
-    names = getattr(item, "fixturenames", ())
-    return "server" in names and HERE / "unit" not in item.path.parents
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist
+        items.sort(key=lambda item: turn_of(item.path))
 
 
 def _mark_gpu(items: list[pytest.Item]) -> None:
-    folder = HERE / "gpu"
+    folder = Path(__file__).parent / "gpu"
     for item in items:
         if folder in item.path.parents:
             item.add_marker(pytest.mark.gpu)
