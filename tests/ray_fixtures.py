@@ -14,12 +14,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import httpx
 import pytest
 import ray
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
+from ray.serve.context import _get_global_client
 
 KEYS = ("test-key-one", "test-key-two")
 # Set before Ray starts: its workers inherit the environment.
@@ -113,6 +115,10 @@ def _start() -> tuple[TestServer, Callable[[], None]]:
 
     def stop() -> None:
         running.stop()
+        # Handles of this process to pools that follow their load would go on to tell their queues,
+        # for which Ray would be started anew.
+        client: Any = _get_global_client()
+        client.shutdown_cached_handles()
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -177,7 +177,7 @@ def test_traces_come_through_serves_proxy(shadowed: Shadowed) -> None:
 
 
 def test_the_run_ends_with_the_application(shadowed: Shadowed) -> None:
-    """The last of this file: it takes the application away."""
+    """The last that needs the application: it takes it away."""
     run_id = shadowed.run_id()
     serve.delete(APPLICATION)
     client = mlflow.MlflowClient(shadowed.mlflow)
