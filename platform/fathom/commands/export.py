@@ -19,15 +19,16 @@ head's linear map is folded into an LM head, which changes no greedy draft.
 A model that came from a GGUF file is written too, into OUT/target: others would not get the same
 weights from that file.
 
---vocab N keeps N tokens of the draft's vocabulary: its special ones, those that the exit head
-ranks, then the lowest ids. vLLM matches them by their spelling. Such a draft is cheaper, and does
-not see the other tokens of a text.
+--vocab N gives the draft a vocabulary of N tokens: special ones, those of the chat template, those
+that the exit head ranks, then the lowest ids. vLLM matches them by their spelling. Such a draft is
+much cheaper where the LM head weighs as much as the layers, as in small models, and agrees somewhat
+less often: it cannot read the other tokens of a text.
 
 """
 
 _EXAMPLES = """\
   fathom export --for vllm --out draft
-  fathom export --for vllm --out draft --vocab 0               the whole vocabulary
+  fathom export --for vllm --out draft --vocab 6144            cheaper drafts
   fathom export --for vllm --out draft --model Qwen/Qwen3-0.6B --adapter my-adapter
   fathom export --for vllm --out draft --adapter none --exit-layer 10
 """
