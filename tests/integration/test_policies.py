@@ -217,11 +217,13 @@ def test_points_of_another_model_do_not_start(
             "cpus_per_replica": 0.5,
         }
     )  # fmt: skip
-    with pytest.raises(RuntimeError):
-        serve.run(application, name="wrong", route_prefix="/wrong")
-    status = serve.status().applications["wrong"]
-    words = " ".join(each.message for each in status.deployments.values())
-    assert "measured on another model" in words
-    assert f"weights_digest {points_of().identity.weights_digest}" in words
-    assert other.identity.weights_digest in words
-    serve.delete("wrong")
+    try:
+        with pytest.raises(RuntimeError):
+            serve.run(application, name="wrong", route_prefix="/wrong")
+        status = serve.status().applications["wrong"]
+        words = " ".join(each.message for each in status.deployments.values())
+        assert "measured on another model" in words
+        assert f"weights_digest {points_of().identity.weights_digest}" in words
+        assert other.identity.weights_digest in words
+    finally:
+        serve.delete("wrong")

@@ -93,7 +93,10 @@ except ServerError as error:
     print("REFUSED:", error)
 print("RAY:", ray.is_initialized())
 """)
-    output, _ = process.communicate(timeout=240)
+    try:
+        output, _ = process.communicate(timeout=240)
+    finally:
+        process.kill()  # its Ray ends with it
     assert "REFUSED:" in output, output
     assert "exit_layer" in output
     assert "RAY: False" in output
@@ -121,8 +124,8 @@ print("ENDED")
                     break
             except httpx.TransportError:
                 pass
-            time.sleep(0.5)
-        time.sleep(1)
+            time.sleep(0.2)
+        time.sleep(0.5)
         process.send_signal(number)
         output, _ = process.communicate(timeout=60)
     finally:

@@ -67,14 +67,16 @@ def killed_in_the_second_trial(folder: Path) -> None:
         cwd=folder, env={**environment(), "RAY_ADDRESS": address},
         stdout=log, stderr=log, start_new_session=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 300
-    while not (len(done(folder)) == 1 and ours()):
-        said = (folder / "log").read_text()
-        assert search.poll() is None, said
-        assert time.monotonic() < deadline, said
-        time.sleep(0.02)
-    os.killpg(search.pid, signal.SIGKILL)
-    search.wait()
+    try:
+        deadline = time.monotonic() + 300
+        while not (len(done(folder)) == 1 and ours()):
+            said = (folder / "log").read_text()
+            assert search.poll() is None, said
+            assert time.monotonic() < deadline, said
+            time.sleep(0.02)
+    finally:
+        os.killpg(search.pid, signal.SIGKILL)
+        search.wait()
 
 
 @pytest.mark.slow
