@@ -60,7 +60,7 @@ def options(tiny_model: Path) -> tuple[str, ...]:
 
 
 def test_generation_in_three_modes(
-    fathom: Fathom, tmp_path: Path, data: Path, options: tuple[str, ...]
+    fathom: Fathom, fathom_here: Fathom, tmp_path: Path, data: Path, options: tuple[str, ...]
 ) -> None:
     (tmp_path / "pairs.jsonl").write_bytes(lines(MULTI30K))
     result = fathom(
@@ -101,7 +101,7 @@ def test_generation_in_three_modes(
     assert "free (lossy)" in result.stdout
     assert report["meta"]["job"]["tasks"]["multi30k"]["file"] == "pairs.jsonl"
     assert not list(tmp_path.glob("out.json.*"))
-    again = fathom(
+    again = fathom_here(
         "eval", "--tasks", "gsm8k,multi30k", "--modes", "free,exact", "--runs", "2",
         "--data", "multi30k=pairs.jsonl", "--forced-exit-rate", "0.5", "--limit", "4",
         "--json", "out.json", "--resume", *options, FATHOM_DATA=str(data),

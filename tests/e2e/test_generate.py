@@ -38,7 +38,9 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().split("\n") if line]
 
 
-def test_a_file_of_prompts(fathom: Fathom, prompts: Path, tmp_path: Path) -> None:
+def test_a_file_of_prompts(
+    fathom: Fathom, fathom_here: Fathom, prompts: Path, tmp_path: Path
+) -> None:
     pull()
     result = fathom("generate", "--prompts", "in.jsonl", "--json", "out.jsonl", *OPTIONS)
     assert result.returncode == 0, result.stderr
@@ -59,7 +61,9 @@ def test_a_file_of_prompts(fathom: Fathom, prompts: Path, tmp_path: Path) -> Non
         assert record["usage"]["compute"]["mode"] == "exact"
     assert not list(tmp_path.glob("out.jsonl.*"))
     # The same job again, finished: nothing to do, nothing changed.
-    again = fathom("generate", "--prompts", "in.jsonl", "--json", "out.jsonl", "--resume", *OPTIONS)
+    again = fathom_here(
+        "generate", "--prompts", "in.jsonl", "--json", "out.jsonl", "--resume", *OPTIONS
+    )
     assert again.returncode == 0
     assert "all 4 results are there" in again.stderr
     assert read(tmp_path / "out.jsonl") == records
