@@ -26,7 +26,7 @@ from tests.traces import write_trace
 __all__ = ["server"]
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-TRIALS = 20
+TRIALS = 12
 REMEDY = "install Chromium and its driver (Debian: apt-get install chromium chromium-driver)"
 
 

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,29 @@ from tests.traces import write_trace
 
 pytest.importorskip("optuna")
 
-TRIALS = 24
+TRIALS = 16
+Start = Callable[..., subprocess.Popen[str]]
 
 
-def start(folder: Path, *options: str) -> subprocess.Popen[str]:
-    log = (folder / "log").open("a")
-    return subprocess.Popen(
-        [*COMMAND, "tune", "small.yaml", "--parallel", "2", *options],
-        cwd=folder, env=environment(), stdout=log, stderr=log, text=True, start_new_session=True,
-    )  # fmt: skip
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a search; one that is still there when its test has failed goes with its Ray."""
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(*options: str) -> subprocess.Popen[str]:
+        log = (tmp_path / "log").open("a")
+        search = subprocess.Popen(
+            [*COMMAND, "tune", "small.yaml", "--parallel", "2", *options],
+            cwd=tmp_path, env=environment(), stdout=log, stderr=log, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        started.append(search)
+        return search
+
+    yield begin
+    for search in started:
+        if search.poll() is None:
+            kill(search)
 
 
 def kill(search: subprocess.Popen[str]) -> None:
@@ -70,7 +85,9 @@ def wait_for(folder: Path, search: subprocess.Popen[str], count: int, *kinds: st
 
 
 @pytest.mark.slow
-def test_a_killed_study_goes_on_without_losing_or_repeating_a_trial(tmp_path: Path) -> None:
+def test_a_killed_study_goes_on_without_losing_or_repeating_a_trial(
+    tmp_path: Path, start: Start
+) -> None:
     write_trace(tmp_path / "a.parquet", requests=60, tokens=30, scale=4)
     body = {
         "traces": ["a.parquet"],
@@ -82,12 +99,12 @@ def test_a_killed_study_goes_on_without_losing_or_repeating_a_trial(tmp_path: Pa
         },
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(body))
-    search = start(tmp_path)
-    wait_for(tmp_path, search, random.Random(time.time_ns()).randint(2, 12), "done")
+    search = start()
+    wait_for(tmp_path, search, random.Random(time.time_ns()).randint(2, TRIALS // 2), "done")
     kill(search)
     before, begun = files(tmp_path, "done"), files(tmp_path, "begun")
     assert 0 < len(before) < TRIALS
-    search = start(tmp_path, "--json", "out.json")
+    search = start("--json", "out.json")
     assert search.wait(timeout=240) == 0, (tmp_path / "log").read_text()
     # What was done stays as it was; what was begun has its own setting still.
     done = files(tmp_path, "done")
@@ -132,19 +149,19 @@ def test_a_killed_study_goes_on_without_losing_or_repeating_a_trial(tmp_path: Pa
     assert drawn == {Path(path).name for path in report["figures"]}
 
     # Once more: nothing runs, and another study is not mixed in.
-    again = start(tmp_path, "--json", "again.json")
+    again = start("--json", "again.json")
     assert again.wait(timeout=120) == 0
     assert files(tmp_path, "done") == done
     assert len(runs(tmp_path)) == TRIALS + 1
     assert json.loads((tmp_path / "again.json").read_text())["front"] == report["front"]
     (tmp_path / "small.yaml").write_text(yaml.safe_dump({**body, "seed": 7}))
-    assert start(tmp_path).wait(timeout=60) == 2
+    assert start().wait(timeout=60) == 2
     assert "whose seed is 0, not 7" in " ".join((tmp_path / "log").read_text().split())
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_asha_killed_at_random_loses_and_repeats_nothing(tmp_path: Path) -> None:
+def test_asha_killed_at_random_loses_and_repeats_nothing(tmp_path: Path, start: Start) -> None:
     write_trace(tmp_path / "a.parquet", requests=120, tokens=30, scale=4)
     body = {
         "traces": ["a.parquet"],
@@ -172,17 +189,16 @@ def test_asha_killed_at_random_loses_and_repeats_nothing(tmp_path: Path) -> None
         assert not changed, f"seed {seed}: {changed}"
         known.update(now)
 
-    search = start(tmp_path)
+    search = start()
     time.sleep(chance.uniform(0, 6))  # at its start, maybe while it makes MLflow's tables
     kill(search)
     check()
-    for _ in range(2):
-        search = start(tmp_path)
-        wait_for(tmp_path, search, len(known) + chance.randint(1, TRIALS), *kinds)
-        time.sleep(chance.uniform(0, 0.5))
-        kill(search)
-        check()
-    search = start(tmp_path, "--json", "out.json")
+    search = start()
+    wait_for(tmp_path, search, len(known) + chance.randint(1, TRIALS), *kinds)
+    time.sleep(chance.uniform(0, 0.5))
+    kill(search)
+    check()
+    search = start("--json", "out.json")
     assert search.wait(timeout=240) == 0, (tmp_path / "log").read_text()
     check()
 
