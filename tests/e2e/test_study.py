@@ -18,7 +18,7 @@ from tests.command_line import environment
 pytest.importorskip("optuna")
 
 ROOT = Path(__file__).parents[2]
-TRIALS = 12
+TRIALS = 20
 
 
 def run(work: Path, *options: object) -> subprocess.CompletedProcess[str]:
