@@ -33,7 +33,8 @@ def application(*deployments: dict[str, Any]) -> ServeApplicationSchema:
         [],
         [{"name": "Shallow", "autoscaling_config": {"min_replicas": 1, "max_replicas": 3}}],
         [{"name": "Shallow", "autoscaling_config": {
-            "initial_replicas": 2, "max_replicas": 3, "policy": {"policy_function": "deployments.autoscaling:ByQueue"},
+            "initial_replicas": 2, "max_replicas": 3,
+            "policy": {"policy_function": "deployments.autoscaling:ByQueue"},
         }}],
         [{"name": "Shallow", "num_replicas": 3}],
     ],

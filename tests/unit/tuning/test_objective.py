@@ -50,11 +50,14 @@ def study() -> Study:
 
 
 def test_no_exit_is_mode_full_less_the_exit_head(rows: TraceRows) -> None:
-    found = evaluate({**FREE, "exit_threshold": 1.0}, [(rows, rows)])
+    never = {**FREE, "exit_threshold": 1.0}
+    found = evaluate({**never, "pause_drafting": False}, [(rows, rows)])
     assert (found.quality, found.budget, found.exit_rate) == (1.0, 1.0, 0.0)
     # tests.traces: 0.9 + 3 ms a token at full depth; the exit head makes 0.9 into 1.
     assert found.full_tpot_ms == pytest.approx(3.9)
     assert found.tpot_ms == pytest.approx(4.0)
+    # By default the exit is asked no more after the first rows, but by scouts.
+    assert 3.9 < evaluate(never, [(rows, rows)]).tpot_ms < 3.92
 
 
 def test_a_threshold_is_the_replay_at_it(rows: TraceRows) -> None:
