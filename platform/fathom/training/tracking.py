@@ -43,6 +43,8 @@ class Tracker:
             database = (work_dir / "mlflow.db").resolve()
             _make_whole(database)
             uri = f"sqlite:///{database}"
+        # Of a server, MLflow prints two lines a run, which would cut up the progress bars.
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         self._client = mlflow.MlflowClient(uri)
         self.uri = uri
         note = work_dir / "mlflow_run_id"
