@@ -1,14 +1,10 @@
-"""What holds for every test: no hub, one thread, hypothesis without deadlines, GPU tests apart.
-
-And which tests a worker of pytest-xdist takes together, where there are several.
-"""
+"""What holds for every test: no hub, one thread, hypothesis without deadlines, GPU tests apart."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 # Before anything imports torch or huggingface_hub. Two busy processes with a thread for each core
 # slow each other down many times over.
@@ -19,8 +15,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hypothesis
 import pytest
 
-from tests.groups import make_scheduler, turn_of
-
 # Time limits of single examples fail on a busy machine and say nothing about the code.
 hypothesis.settings.register_profile("fathom", deadline=None, print_blob=True)
 hypothesis.settings.register_profile(
@@ -29,19 +23,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "fathom")
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """``-n N --dist loadgroup`` is by our groups."""
-    return make_scheduler(config, log) if config.getoption("dist") == "loadgroup" else None
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    _mark_gpu(items)
-    if hasattr(config, "workerinput"):  # a worker of pytest-xdist
-        items.sort(key=lambda item: turn_of(item.path))
-
-
-def _mark_gpu(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     folder = Path(__file__).parent / "gpu"
     for item in items:
         if folder in item.path.parents:
