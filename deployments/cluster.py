@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 import urllib.error
@@ -20,7 +21,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve import Application
-from ray.serve.schema import LoggingConfig
+from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from deployments.proxy import CALLBACK, CALLBACK_VARIABLE
 from deployments.shared import end
@@ -30,6 +31,7 @@ from fathom.models.resolve import resolve_model
 
 APP_NAME = "fathom"
 CLASSIFIER_CPUS = 1
+_FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.DELETING)
 _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
@@ -84,6 +86,7 @@ def start(application: Application, config: ServeConfig) -> Server:
     owns_ray = not ray.is_initialized()
     if owns_ray:
         start_ray(cores_for(config))
+        _exit_on_sigterm()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         start_http(config.host, config.port)
@@ -102,6 +105,15 @@ def start(application: Application, config: ServeConfig) -> Server:
             raise ServerError(f"The server did not come up: {error}") from error
         raise
     return Server(url, owns_ray=owns_ray)
+
+
+def _exit_on_sigterm() -> None:
+    """Let SIGTERM during the start-up unwind as Ctrl-C does, so that what was started is ended.
+
+    To be called after Ray's start, which sets a handler of its own: that one aborts the process.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
 
 
 def check_port(host: str, port: int) -> None:
@@ -181,24 +193,22 @@ def deploy(
     Raises:
         ServerError: if it does not come up in ``startup_timeout_s``, with the reason.
     """
-    failure: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            serve.run(application, name=name, route_prefix=prefix, logging_config=_QUIET)
-        except BaseException as error:
-            failure.append(error)
-
-    # serve.run has no time limit of its own.
-    thread = threading.Thread(target=run, name="fathom-deploy", daemon=True)
-    thread.start()
-    thread.join(config.startup_timeout_s)
-    if thread.is_alive():
-        raise ServerError(
-            f"The server was not up after {config.startup_timeout_s:g} s: {_status(name)}"
-        )
-    if failure:
-        raise ServerError(f"The server did not come up: {_status(name) or failure[0]}")
+    # Not serve.run in a thread: its waiting has no time limit, and a thread that waits on after
+    # a failure connects to Ray anew, that is, starts another one.
+    target = serve.RunTarget(application, name, prefix, logging_config=_QUIET)
+    serve.run_many([target], wait_for_applications_running=False)
+    deadline = time.monotonic() + config.startup_timeout_s
+    while True:
+        here = serve.status().applications.get(name)
+        if here is not None and here.status == ApplicationStatus.RUNNING:
+            return
+        if here is None or here.status in _FAILED:
+            raise ServerError(f"The server did not come up: {_status(name)}")
+        if time.monotonic() > deadline:
+            raise ServerError(
+                f"The server was not up after {config.startup_timeout_s:g} s: {_status(name)}"
+            )
+        time.sleep(0.2)
 
 
 def _status(name: str) -> str:

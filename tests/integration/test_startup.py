@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import httpx
 import pytest
 import yaml
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
@@ -109,22 +108,15 @@ def test_a_signal_ends_a_blocking_server(number: signal.Signals) -> None:
     process = start_python(f"""
 from deployments.app import run
 from fathom.config import EngineConfig, ServeConfig
-run(ServeConfig(engine=EngineConfig(kv_cache_bytes=64 << 20), port={port}))
+server = run(ServeConfig(engine=EngineConfig(kv_cache_bytes=64 << 20), port={port}), blocking=False)
+print("UP", flush=True)
+server.wait()
 print("ENDED")
 """)
     try:
-        deadline = time.monotonic() + 120
-        while True:
-            assert process.poll() is None, process.stdout and process.stdout.read()
-            assert time.monotonic() < deadline
-            try:
-                # Ready means that run() got as far as waiting, or is about to.
-                url = f"http://127.0.0.1:{port}/ready"
-                if httpx.get(url, trust_env=False).status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            time.sleep(0.2)
+        assert process.stdout is not None
+        lines = iter(process.stdout.readline, "")
+        assert any(line == "UP\n" for line in lines), process.wait()
         time.sleep(0.5)
         process.send_signal(number)
         output, _ = process.communicate(timeout=60)
@@ -132,4 +124,33 @@ print("ENDED")
         process.kill()
     assert process.returncode == 0, output
     assert "ENDED" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_server_that_is_not_up_yet() -> None:
+    """As an orchestrator does that changes its mind: Ray ends too, and nothing aborts."""
+    port = free_port()
+    process = start_python(f"""
+import atexit, ray
+from deployments.app import run
+from fathom.config import EngineConfig, ServeConfig
+atexit.register(lambda: print("RAY:", ray.is_initialized()))
+run(ServeConfig(engine=EngineConfig(kv_cache_bytes=64 << 20), port={port}))
+""")
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert process.poll() is None, process.stdout and process.stdout.read()
+            assert time.monotonic() < deadline
+            with socket.socket() as probe:  # HTTP is up long before the replicas are
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "RAY: False" in output
     assert "Traceback" not in output
