@@ -1,24 +1,26 @@
-"""Attention over the paged cache by our own CPU kernel, where each sequence has few rows.
+"""Attention over the paged cache by our own CPU kernels: nothing is gathered, and there is no mask.
 
-Decoding and flushes of stacks read keys and values where they lie. Many rows of one sequence, as a
-prompt has, go through ``SdpaBackend``, whose matrix products are faster there.
+Few rows of a sequence, as in decoding and flushes of stacks, attend one by one. Many rows, as a
+prompt has, attend in spans: tiles of keys against blocks of rows.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from itertools import accumulate
 
 import torch
 
-from fathom.attention.backend import Attend, AttentionBackend, RaggedBatch
+from fathom.attention.backend import AttentionBackend, RaggedBatch
 from fathom.attention.pool import KVPool
 from fathom.attention.sdpa import SdpaBackend
 from fathom.kernels.compiled import Pass, library, optional_library
 
 MOST_ROWS = 32
-"""Sequences with more rows go to SDPA."""
+"""Sequences with more rows attend in spans."""
+
+SPAN_ROWS = 128
+"""Most rows of a span: what one thread takes at once, and lays keys and values out for."""
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -34,37 +36,35 @@ def backend_for(pool: KVPool) -> AttentionBackend:
 class PagedBackend:
     """See the module's docstring. For pools on a CPU, of float32 or bfloat16."""
 
-    def __init__(self) -> None:
-        self._sdpa = SdpaBackend()
-
-    def plan(self, batch: RaggedBatch, pool: KVPool, num_heads: int) -> Attend:
+    def plan(self, batch: RaggedBatch, pool: KVPool, num_heads: int) -> PagedPass:
         """Lay out block tables and lengths, once for all layers."""
-        few = [rows.num_rows <= MOST_ROWS for rows in batch.sequences]
-        if not any(few):
-            return self._sdpa.plan(batch, pool, num_heads)
-        many = [not each for each in few]
-        rest = None if all(few) else self._sdpa.plan_some(batch, pool, num_heads, many)
-        tables: list[list[int]] = []
         rows: list[int] = []
         owners: list[int] = []
         lengths: list[int] = []
+        spans: list[tuple[int, int, int, int]] = []
         firsts = accumulate((each.num_rows for each in batch.sequences), initial=0)
-        for each, is_few, first in zip(batch.sequences, few, firsts, strict=False):
-            if not is_few:
+        for table, (each, first) in enumerate(zip(batch.sequences, firsts, strict=False)):
+            if each.num_rows > MOST_ROWS:
+                spans += [
+                    (first + row, min(SPAN_ROWS, each.num_rows - row), each.start + row, table)
+                    for row in range(0, each.num_rows, SPAN_ROWS)
+                ]
                 continue
             rows += range(first, first + each.num_rows)
-            owners += [len(tables)] * each.num_rows
+            owners += [table] * each.num_rows
             lengths += range(each.start + 1, each.stop + 1)
-            tables.append(list(each.blocks[: -(-each.stop // pool.block_size)]))
+        tables = [each.blocks[: -(-each.stop // pool.block_size)] for each in batch.sequences]
         width = max(map(len, tables))
+        padded = [[*table, *[0] * (width - len(table))] for table in tables]
         arrays = [
             torch.tensor(values, dtype=torch.int32)
-            for values in ([t + [0] * (width - len(t)) for t in tables], rows, owners, lengths)
+            for values in (padded, rows, owners, lengths, spans)
         ]
         own = Pass(
             *(array.data_ptr() for array in arrays),
             batch.slots.data_ptr(),
             len(rows),
+            len(spans),
             batch.num_rows,
             width,
             pool.block_size,
@@ -73,7 +73,7 @@ class PagedBackend:
             pool.head_dim,
             pool.data.dtype is torch.bfloat16,
         )
-        return PagedPass(own, pool, (*arrays, batch.slots), rest)
+        return PagedPass(own, pool, (*arrays, batch.slots))
 
 
 class PagedPass:
@@ -81,25 +81,15 @@ class PagedPass:
 
     Attributes:
         address: of the pass as the kernels take it. pool: keys and values.
-        is_whole: whether the kernel serves all rows, so that layers can be run by
-            ``fathom_layers``.
         scale: of the scores.
     """
 
-    def __init__(
-        self,
-        own: Pass,
-        pool: KVPool,
-        kept: tuple[torch.Tensor, ...],
-        rest: Callable[[int, torch.Tensor, torch.Tensor], None] | None,
-    ) -> None:
+    def __init__(self, own: Pass, pool: KVPool, kept: tuple[torch.Tensor, ...]) -> None:
         self._own = own
         self._kept = kept  # ``own`` points into them
-        self._rest = rest
         self._run = library().fathom_attend
         self.address = ctypes.addressof(own)
         self.pool = pool
-        self.is_whole = rest is None
         self.scale = pool.head_dim**-0.5
 
     def __call__(self, layer: int, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
@@ -118,6 +108,4 @@ class PagedPass:
             out.stride(0),
             torch.get_num_threads(),
         )
-        if self._rest is not None:
-            self._rest(layer, q, out.view(q.shape))
         return out

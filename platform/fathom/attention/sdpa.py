@@ -1,4 +1,4 @@
-"""Attention over the paged cache by torch's scaled_dot_product_attention: the CPU backend.
+"""Attention over the paged cache by torch's scaled_dot_product_attention, on any device.
 
 Sequences are gathered from their blocks into padded groups, one SDPA call a group and layer. The
 query heads that share a KV head are laid out as extra query rows: measured 2-4x faster on CPU than
@@ -7,7 +7,7 @@ query heads that share a KV head are laid out as extra query rows: measured 2-4x
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -80,29 +80,6 @@ class SdpaBackend:
                 assert group.out_index is not None
                 out[group.out_rows] = padded[group.out_index]
             return out.reshape(len(q), -1)
-
-        return attend
-
-    def plan_some(
-        self, batch: RaggedBatch, pool: KVPool, num_heads: int, chosen: Sequence[bool]
-    ) -> Callable[[int, torch.Tensor, torch.Tensor], None]:
-        """Prepare attention for some sequences of a batch whose keys and values are stored already.
-
-        Args:
-            chosen: which of the batch's sequences, not all of them.
-
-        Returns:
-            ``attend(layer, q, out)``, which fills these sequences' rows of ``out``, [rows, H, D].
-        """
-        placed = _placed(batch)
-        some = [each for each, is_chosen in zip(placed, chosen, strict=True) if is_chosen]
-        heads_per_kv = num_heads // pool.num_kv_heads
-        groups = [_plan_group(own, placed, pool, heads_per_kv) for own in _partition(some)]
-
-        def attend(layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
-            for group in groups:
-                assert group.out_rows is not None and group.out_index is not None
-                out[group.out_rows] = _attend_group(group, layer, q, pool)[group.out_index]
 
         return attend
 

@@ -108,7 +108,7 @@ class Stage:
         offset, attend, fused = self.first, rows.attend, self._fused[decoder]
 
         def run(hidden: torch.Tensor, first: int, last: int) -> torch.Tensor:
-            if fused is not None and isinstance(attend, PagedPass) and attend.is_whole:
+            if fused is not None and isinstance(attend, PagedPass):
                 return fused.run(hidden, rows.positions, first, last, attend, first - offset)
             return decoder.run(
                 hidden,

@@ -156,7 +156,7 @@ int fathom_attends(int head_dim) {
 }
 
 // Stores every row's keys and values in the pool of a layer, [2 * kv_heads][slots][head_dim], then
-// attends for the rows that the pass names.
+// attends for all rows.
 // q [rows][heads][head_dim], kv [rows][2 * kv_heads][head_dim], out [rows][heads * head_dim], of one
 // type, rows at their strides.
 void fathom_attend(const Pass* pass, void* pool, int64_t slots, const void* q, int64_t q_stride,
@@ -171,5 +171,7 @@ void fathom_attend(const Pass* pass, void* pool, int64_t slots, const void* q, i
         static_cast<const float*>(kv), kv_stride, scale, static_cast<float*>(out), out_stride,
         threads);
   }
+  if (pass->span_count)
+    fathom_attend_spans(pass, pool, slots, q, q_stride, scale, out, out_stride, threads);
 }
 }

@@ -18,7 +18,7 @@ from fathom.models.cache import build_directory, cache_root
 from fathom.models.errors import ModelError
 
 _FOLDER = Path(__file__).parent
-_UNITS = ("attention", "layers", "linear", "rows")
+_UNITS = ("attention", "layers", "linear", "prefill", "rows")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-Wno-psabi")
 _COMPILERS = ("c++", "g++", "clang++")
 _LIBRARY = "kernels.so"
@@ -47,8 +47,10 @@ class Pass(ctypes.Structure):
         ("rows", ctypes.c_void_p),
         ("sequences", ctypes.c_void_p),
         ("lengths", ctypes.c_void_p),
+        ("spans", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),
         ("count", ctypes.c_int64),
+        ("span_count", ctypes.c_int64),
         ("written", ctypes.c_int64),
         ("width", ctypes.c_int64),
         ("block_size", ctypes.c_int32),

@@ -16,14 +16,24 @@ struct Weight {
 
 enum Epilogue { kPlain = 0, kAdd = 1, kSiluMul = 2 };
 
-// A pass over ragged rows, the same for all layers.
+// Rows of one sequence that attend together; see prefill.cpp.
+struct Span {
+  int32_t row;    // the first
+  int32_t count;  // of them
+  int32_t start;  // the first one's position
+  int32_t table;  // whose they are
+};
+
+// A pass over ragged rows, the same for all layers. Every row attends, alone or in a span.
 struct Pass {
   const int32_t* tables;     // [sequences][width] blocks
-  const int32_t* rows;       // [count] rows that attend
+  const int32_t* rows;       // [count] rows that attend alone
   const int32_t* sequences;  // [count] whose they are
   const int32_t* lengths;    // [count] keys that they see
+  const Span* spans;         // [span_count]
   const int64_t* slots;      // [written] where each of the batch's rows goes
   int64_t count;
+  int64_t span_count;
   int64_t written;
   int64_t width;
   int32_t block_size;
@@ -54,6 +64,10 @@ void fathom_linear(const Weight* weight, const void* x, int is_bfloat16, int64_t
 void fathom_attend(const Pass* pass, void* pool, int64_t slots, const void* q, int64_t q_stride,
                    const void* kv, int64_t kv_stride, float scale, void* out, int64_t out_stride,
                    int threads);
+
+void fathom_attend_spans(const Pass* pass, const void* pool, int64_t slots, const void* q,
+                         int64_t q_stride, float scale, void* out, int64_t out_stride,
+                         int threads);
 
 void fathom_rotate(void* heads, int is_bfloat16, int64_t rows, int64_t stride, int64_t count,
                    int64_t dim, const void* cos, const void* sin);
