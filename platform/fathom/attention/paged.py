@@ -19,7 +19,7 @@ from fathom.kernels.compiled import Pass, library, optional_library
 MOST_ROWS = 32
 """Sequences with more rows attend in spans."""
 
-SPAN_ROWS = 128
+SPAN_ROWS = 256
 """Most rows of a span: what one thread takes at once, and lays keys and values out for."""
 
 _DTYPES = (torch.float32, torch.bfloat16)

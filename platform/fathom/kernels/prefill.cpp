@@ -16,8 +16,10 @@
 #include "kernels.h"
 #include "numbers.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define FATHOM_BFLOAT16 1
 #endif
 
@@ -31,7 +33,7 @@ constexpr int kWide = 4;
 constexpr int kWide = 1;  // 12 registers of 32 bytes
 #endif
 constexpr int kStrip = kWide * kLanes;  // keys
-constexpr int kTile = 256;              // keys that share one step of the softmax
+constexpr int kTile = 512;              // keys that share one step of the softmax
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
@@ -98,16 +100,33 @@ inline void multiply(const E* a, int64_t a_stride, const E* b, int64_t b_stride,
         acc[r][n] = add_products(acc[r][n], b + n * kLanes * kPair<E>, a + r * a_stride);
 }
 
-// 2^x for x <= 0, to 2 units in the last place (a minimax polynomial); from -126 on 2^-126. 2^0 is 1
-// exactly, NaN stays NaN.
+// The second where either is NaN.
+inline Floats larger_of(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// 2^x for x <= 0 by minimax polynomials, to 2 units in the last place of a float, to 1e-4 for
+// bfloat16, which rounds by 4e-3; from -126 on 2^-126. 2^0 is 1 exactly, NaN stays NaN.
+template <typename E>
 inline Floats exp2_of(Floats x) {
-  x = x < -126.0f ? Floats{} - 126.0f : x;
+  x = larger_of(Floats{} - 126.0f, x);
   const Floats shifted = x + 12582912.0f;  // rounds to a whole number
   const Floats r = x - (shifted - 12582912.0f);
-  Floats y = r * 1.339887440e-3f + 9.618437357e-3f;
-  y = y * r + 5.550332471e-2f;
-  y = y * r + 2.402264791e-1f;
-  y = y * r + 6.931472028e-1f;
+  Floats y;
+  if constexpr (kPair<E> == 1) {
+    y = r * 1.535336188e-4f + 1.339887440e-3f;
+    y = y * r + 9.618437357e-3f;
+    y = y * r + 5.550332471e-2f;
+    y = y * r + 2.402264791e-1f;
+    y = y * r + 6.931472028e-1f;
+  } else {
+    y = r * 5.500860537e-2f + 2.422110072e-1f;
+    y = y * r + 6.932829674e-1f;
+  }
   y = y * r + 1.0f;
   return y * (Floats)(((Words)shifted << 23) + 0x3f800000u);
 }
@@ -140,7 +159,7 @@ inline Floats soften(float* scores, int seen, int keys, float scale, float& larg
   Floats most = Floats{} - INFINITY;
   for (int i = 0; i < whole; ++i) {
     const Floats own = load<Floats>(scores + i * kLanes);
-    most = most < own ? own : most;
+    most = larger_of(own, most);
   }
   if (rest) {
     const Floats own = load<Floats>(scores + whole * kLanes);
@@ -148,16 +167,16 @@ inline Floats soften(float* scores, int seen, int keys, float scale, float& larg
   }
   const float before = largest;
   largest = std::max(before, largest_of(most));
-  const Floats factor = exp2_of(Floats{} + (before - largest) * scale);
+  const Floats factor = exp2_of<float>(Floats{} + (before - largest) * scale);
   Floats sum = {};
   for (int i = 0; i < whole; ++i) {
-    const Floats own = exp2_of((load<Floats>(scores + i * kLanes) - largest) * scale);
+    const Floats own = exp2_of<E>((load<Floats>(scores + i * kLanes) - largest) * scale);
     sum += own;
     store_as(out + i * kLanes, own);
   }
   int done = whole * kLanes;
   if (rest) {
-    const Floats own = exp2_of((load<Floats>(scores + done) - largest) * scale);
+    const Floats own = exp2_of<E>((load<Floats>(scores + done) - largest) * scale);
     const Floats seen_only = is_seen ? own : Floats{};
     sum += seen_only;
     store_as(out + done, seen_only);
