@@ -6,6 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ray import serve
@@ -20,6 +21,7 @@ from deployments.ingress import Ingress
 from deployments.replica import FusedReplica
 from deployments.router import ROUTER
 from deployments.shallow import ShallowReplica
+from deployments.vllm_replica import VllmReplica
 from fathom.api.auth import (
     check_bind,
     check_operators,
@@ -40,9 +42,10 @@ from fathom.config import (
 )
 from fathom.observability.tracing import endpoint_of
 from fathom.tuning.operating_points import OperatingPoints, load
-from fathom.types import ComputePolicy
+from fathom.types import AcceptMode, ComputePolicy
 
 INGRESS, FUSED, SHALLOW, DEEP, CLASSIFIER = "Ingress", "Engine", "Shallow", "Deep", "Classifier"
+VLLM = "Vllm"
 """Names of the deployments."""
 
 # The ingress counts requests (see HandleBackend); Serve's own limits, of 5 by default, must never
@@ -80,6 +83,8 @@ def build(config: ServeConfig | Mapping[str, Any]) -> Application:
     config = dataclasses.replace(config, otlp_traces_endpoint=endpoint)
     if config.topology is Topology.FUSED:
         engines = _serving(FusedReplica, FUSED, config).bind(config, points)
+    elif config.topology is Topology.VLLM:
+        engines = _serving(VllmReplica, VLLM, config, actor=_vllm_actor(config)).bind(config)
     elif config.placement is Placement.BESIDE:
         cores = (config.shallow.cpus, config.deep.cpus)
         engines = _serving(
@@ -167,20 +172,38 @@ def _with_default(config: ServeConfig, points: OperatingPoints | None, point: st
         point: what was promoted; taken where the settings say nothing themselves.
     """
     compute = config.engine.compute
+    if config.topology is Topology.VLLM:  # which has no other, and has checked what was said
+        compute = dataclasses.replace(compute, mode=AcceptMode.FULL)
     if point and compute == ComputePolicy():
         compute = ComputePolicy(operating_point=point)
     compute = resolve_default(compute, points)
     return dataclasses.replace(config, engine=dataclasses.replace(config.engine, compute=compute))
 
 
+def _vllm_actor(config: ServeConfig) -> dict[str, Any]:
+    """What a vLLM replica's process is, beyond its cores."""
+    found: dict[str, Any] = {}
+    if config.vllm.gpus:
+        found["num_gpus"] = config.vllm.gpus
+    if config.vllm.python:
+        found["runtime_env"] = {"py_executable": config.vllm.python}
+    return found
+
+
 def _deployment(
-    kind: type, name: str, config: ServeConfig, pool: PoolConfig, policy: type, **more: Any
+    kind: type,
+    name: str,
+    config: ServeConfig,
+    pool: PoolConfig,
+    policy: type,
+    actor: Mapping[str, Any] = MappingProxyType({}),
+    **more: Any,
 ) -> serve.Deployment:
     """A pool of replicas as a deployment.
 
     Args:
         policy: class of the policy by which the pool follows its load, where it does.
-        more: options of Serve.
+        actor: options of its actors, beside their cores. more: options of Serve.
     """
     size: dict[str, Any] = {"num_replicas": pool.num_replicas}
     if pool.max_replicas:
@@ -188,7 +211,7 @@ def _deployment(
     return serve.deployment(
         name=name,
         **size,
-        ray_actor_options={"num_cpus": pool.cpus},
+        ray_actor_options={"num_cpus": pool.cpus, **actor},
         max_ongoing_requests=UNLIMITED,
         max_surge_percent=config.surge_percent,
         health_check_period_s=5,

@@ -53,6 +53,9 @@ class Replica:
         ConfigError: for points that were measured on something else than the engine runs.
     """
 
+    _shadow: ShadowReporter | None = None
+    _exchange: PolicyExchange | None = None
+
     def __init__(
         self, config: ServeConfig, engine: Engine, points: OperatingPoints | None = None
     ) -> None:
@@ -65,26 +68,26 @@ class Replica:
         engine.shift_under_load(config.load_aware, points.ladder() if points else ())
         if config.shadow.rate:
             engine.shadow = ShadowLog(config.shadow.rate)
-        self._engine = AsyncEngine(engine)
-        self._callers = CallerWatch(self._engine.cancel)
-        context = serve.get_replica_context()
-        self._application: str = context.app_name
-        self._backend = LocalBackend(
-            self._engine,
-            name=context.replica_id.unique_id,
-            interval_s=config.stream_interval_s,
-        )
-        self._shadow = None
+        self._serve(config, AsyncEngine(engine))
         if engine.shadow is not None:
             self._shadow = ShadowReporter(self._application, config, engine.shadow, self._engine)
-        self._exchange = None
         if config.serving.most > 1:
             self._exchange = PolicyExchange(
-                self._application,
-                context.replica_id.unique_id,
-                engine.info.exit_identity,
-                self._engine,
+                self._application, self._name, engine.info.exit_identity, self._engine
             )
+
+    def _serve(self, config: ServeConfig, engine: Any) -> None:
+        """Serve requests by an engine.
+
+        Args:
+            engine: an ``AsyncEngine``, or what has its interface.
+        """
+        context = serve.get_replica_context()
+        self._application: str = context.app_name
+        self._name: str = context.replica_id.unique_id
+        self._engine = engine
+        self._callers = CallerWatch(engine.cancel)
+        self._backend = LocalBackend(engine, name=self._name, interval_s=config.stream_interval_s)
 
     async def generate(
         self, request: Request, caller: str = ""

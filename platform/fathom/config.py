@@ -27,7 +27,8 @@ from fathom.settings import (
     from_mapping,
     load_yaml,
 )
-from fathom.types import ComputePolicy, InvalidRequest
+from fathom.types import AcceptMode, ComputePolicy, InvalidRequest
+from fathom.vllm.settings import VllmConfig
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -48,6 +49,7 @@ __all__ = [
     "ShadowConfig",
     "Topology",
     "from_mapping",
+    "VllmConfig",
     "load_yaml",
 ]
 
@@ -206,9 +208,12 @@ class ServeConfig:
         host, port: where HTTP binds. Without an API key only loopback addresses are allowed.
         num_ingress_replicas: processes that speak HTTP's side. Figures of requests in ``/metrics``
             are then one series each.
-        topology: ``fused``, or ``disaggregated``: shallow and deep replicas apart.
-        num_replicas: fused replicas (shallow and deep stage in one process).
-        cpus_per_replica: CPU cores of a fused replica, which is also its thread count.
+        topology: ``fused``, or ``disaggregated``: shallow and deep replicas apart; or ``vllm``:
+            replicas of vLLM, all layers at every token. Those know mode ``full`` alone, which is
+            what requests get where ``engine.compute`` says nothing.
+        num_replicas: fused replicas (shallow and deep stage in one process), or vLLM's.
+        cpus_per_replica: CPU cores of one of these, which is also its thread count.
+        vllm: what vLLM's replicas need beside ``engine``.
         shallow, deep: the pools of the disaggregated topology.
         placement: where deep replicas are placed.
         kv_store: the KV blocks that replicas share.
@@ -269,7 +274,7 @@ class ServeConfig:
 
     @property
     def serving(self) -> PoolConfig:
-        """The pool behind the ingress: fused replicas, or shallow ones."""
+        """The pool behind the ingress: fused replicas, shallow ones, or vLLM's."""
         if self.topology is Topology.DISAGGREGATED:
             return self.shallow
         return PoolConfig(num_replicas=self.num_replicas, cpus=self.cpus_per_replica)
@@ -278,6 +283,7 @@ class ServeConfig:
     def max_requests(self) -> int:
         """Requests that one ingress takes at once."""
         total = self.serving.most * self.max_ongoing_requests + self.max_queued_requests
+    vllm: VllmConfig = field(default_factory=VllmConfig)
         return math.ceil(total / self.num_ingress_replicas)
 
     @property
@@ -309,6 +315,8 @@ class ServeConfig:
                 "num_ingress_replicas",
                 "num_replicas",
                 "cpus_per_replica",
+        if self.topology is Topology.VLLM:
+            return 0
                 "max_ongoing_requests",
                 "max_queued_requests",
                 "request_timeout_s",
@@ -337,3 +345,37 @@ class ServeConfig:
                 "deep.max_replicas must be 0 with placement: beside, where every shallow replica "
                 f"has a deep one of its own, got {self.deep.max_replicas}."
             )
+        self.vllm.validate("vllm.")
+        if self.topology is Topology.VLLM:
+            self._check_full_depth()
+
+    def _check_full_depth(self) -> None:
+        """Check that nothing is asked for that vLLM's replicas do not have.
+
+        Raises:
+            ConfigError: naming the first such field, its value and the remedy.
+        """
+        engine, plain = self.engine, EngineConfig()
+        if engine.compute != ComputePolicy() and engine.compute.mode is not AcceptMode.FULL:
+            raise ConfigError(
+                "engine.compute.mode must be full with topology vllm, whose replicas run all "
+                f"layers at every token, got {engine.compute.mode.value!r}: leave engine.compute "
+                "out, or take topology fused or disaggregated."
+            )
+        of_engine = ("quantization", "adapter", "exit_layer", "exit_vocab", "meta")
+        others = (
+            ("operating_points", self.operating_points, ""),
+            ("load_aware.enabled", self.load_aware.enabled, False),
+            ("shadow.rate", self.shadow.rate, 0),
+            ("kv_store.shards", max(0, self.kv_store.shards), 0),
+        )
+        asked = [
+            (f"engine.{name}", getattr(engine, name), getattr(plain, name)) for name in of_engine
+        ]
+        for name, value, none in (*asked, *others):
+            if value != none and (name, value) != ("engine.adapter", "none"):
+                raise ConfigError(
+                    f"{name} must be {none!r} with topology vllm, whose replicas have no exits and "
+                    f"no shared KV store, got {value!r}: leave it out, or take topology fused or "
+                    "disaggregated."
+                )

@@ -18,6 +18,9 @@ class Topology(StrEnum):
     DISAGGREGATED = "disaggregated"
     """In replicas of their own, each with its layers' weights alone."""
 
+    VLLM = "vllm"
+    """In vLLM, which runs all layers at every token: what the others are compared with."""
+
 
 class Placement(StrEnum):
     """Where deep replicas are placed."""

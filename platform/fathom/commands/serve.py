@@ -25,6 +25,7 @@ from fathom.config import (
     ServeConfig,
     ShadowConfig,
     Topology,
+    VllmConfig,
     from_mapping,
 )
 from fathom.settings import read_yaml
@@ -38,6 +39,7 @@ _EXAMPLES = """\
   FATHOM_API_KEY=secret fathom serve --host 0.0.0.0 --replicas 4 --threads 8
   fathom serve --config deployments/disaggregated.yaml    a Ray Serve config file's application
   fathom serve --shallow-replicas 2 --deep-replicas 1     the two stages in processes of their own
+  fathom serve --topology vllm --vllm-python DIR/bin/python       vLLM's engine, to compare with
   fathom serve --operating-points points.yaml --operating-point balanced    measured settings
   fathom serve --operating-points models:/NAME@production --mlflow URI      what was promoted
 
@@ -93,14 +95,22 @@ def add_parser(commands: Any) -> None:
         help="send traces of requests there by OTLP over HTTP, e.g. "
         "http://localhost:4318/v1/traces; without a URL, where OTEL_EXPORTER_OTLP_ENDPOINT says",
     )
-    server.add_argument("--replicas", type=int, metavar="N", help="fused replicas (default: 1)")
+    server.add_argument(
+        "--replicas", type=int, metavar="N", help="fused or vLLM replicas (default: 1)"
+    )
     server.add_argument(
         "--threads", type=int, metavar="N", help="CPU cores and threads of a replica (default: 1)"
     )
     server.add_argument(
         "--topology",
         choices=[topology.value for topology in Topology],
-        help="both stages in every replica (fused, the default), or replicas for each",
+        help="both stages in every replica (fused, the default), replicas for each "
+        "(disaggregated), or replicas of vLLM, full depth alone (vllm)",
+    )
+    server.add_argument(
+        "--vllm-python",
+        metavar="FILE",
+        help="interpreter that has vLLM, Fathom and Ray, for --topology vllm (default: this one)",
     )
     server.add_argument("--shallow-replicas", type=int, metavar="N", help="disaggregated ones")
     server.add_argument("--deep-replicas", type=int, metavar="N", help="disaggregated ones")
@@ -139,6 +149,7 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
             shadow=_shadow(args, config),
             otlp_traces_endpoint=args.otlp_traces_endpoint,
             topology=_topology(args, config),
+            vllm=_vllm(args, config),
             num_replicas=args.replicas,
             cpus_per_replica=args.threads,
         ),
@@ -181,14 +192,23 @@ def _topology(args: argparse.Namespace, config: ServeConfig) -> Topology | None:
     if pools and topology is None:
         topology = Topology.DISAGGREGATED
     chosen = topology or config.topology
-    if pools and chosen is Topology.FUSED:
-        raise ConfigError(f"--{pools[0]}-replicas goes with --topology disaggregated, got fused.")
+    if pools and chosen is not Topology.DISAGGREGATED:
+        raise ConfigError(
+            f"--{pools[0]}-replicas goes with --topology disaggregated, got {chosen}."
+        )
     if args.replicas is not None and chosen is Topology.DISAGGREGATED:
         raise ConfigError(
-            "--replicas is the number of fused replicas; with topology disaggregated say "
+            "--replicas is the number of fused or vLLM replicas; with topology disaggregated say "
             f"--shallow-replicas and --deep-replicas, got --replicas {args.replicas}."
         )
     return topology
+
+
+def _vllm(args: argparse.Namespace, config: ServeConfig) -> VllmConfig | None:
+    if args.vllm_python is None:
+        return None
+    # Not resolved: in a virtual environment it is a link, and its place says which one.
+    return dataclasses.replace(config.vllm, python=str(Path(args.vllm_python).absolute()))
 
 
 def _points(where: str | None) -> str | None:
