@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fathom.engine import sampling
-from fathom.engine.costs import StageCosts
+from fathom.engine.live_costs import Costs
 from fathom.engine.sequence import Sequence
 from fathom.types import AcceptMode, PolicyName
 
@@ -42,7 +42,7 @@ CATCH_UP_ROWS = 64
 
 
 class DraftRule:
-    """Compares tokens a second with and without drafts, at measured costs and exit rates.
+    """Compares tokens a second with and without drafts, at the costs and exit rates of now.
 
     In a round each of n sequences drafts until the exit policy keeps one of its tokens, then all
     stacks are flushed. With ``e`` the share of rows that exit and ``a`` the share of drafts that
@@ -59,7 +59,7 @@ class DraftRule:
         all_stand: drafts are tokens whatever the deep stage says, a = 1, as in mode ``free``.
     """
 
-    def __init__(self, costs: StageCosts, *, all_stand: bool = False) -> None:
+    def __init__(self, costs: Costs, *, all_stand: bool = False) -> None:
         self._costs = costs
         self._all_stand = all_stand
         self._rows = self._exits = self._judged = self._agreed = 0.0
@@ -115,7 +115,7 @@ class DraftRule:
 class DraftRules:
     """A rule for each mode that drafts and can do without."""
 
-    def __init__(self, costs: StageCosts) -> None:
+    def __init__(self, costs: Costs) -> None:
         self._rules = {
             AcceptMode.EXACT: DraftRule(costs),
             AcceptMode.ROLLBACK: DraftRule(costs),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
@@ -11,14 +12,14 @@ from fathom.engine.acceptance import Acceptance
 from fathom.engine.completions import Completions
 from fathom.engine.costs import StageCosts
 from fathom.engine.deep import DeepLost, DeepStage, FlushResult
-from fathom.engine.drafting import DraftRules
 from fathom.engine.figures import figures, pressure
 from fathom.engine.flights import Answer, Flights
-from fathom.engine.flush_rules import FlushRule, FlushWhen
+from fathom.engine.flush_rules import FlushWhen
 from fathom.engine.info import EngineInfo
 from fathom.engine.output import confirm
 from fathom.engine.requests import check_request, check_stack, new_sequences
 from fathom.engine.resume import resume
+from fathom.engine.rules import Rules
 from fathom.engine.scheduler import Scheduler, ShallowWork
 from fathom.engine.sequence import Sequence
 from fathom.engine.shadowing import begin, tell_end
@@ -30,7 +31,6 @@ from fathom.exits.load import Ladder, LadderPoints, LoadConfig, LoadShift
 from fathom.exits.shadow import ShadowLog
 from fathom.ledger import Ledger
 from fathom.types import (
-    AcceptMode,
     ComputePolicy,
     FinishReason,
     InvalidRequest,
@@ -78,8 +78,13 @@ class Engine:
         self._deep = deep
         self._scheduler = scheduler
         self._new_detokenizer = new_detokenizer
-        self._flush_rule = FlushRule(stage_costs, flush_rule)
-        self._draft_rules = DraftRules(stage_costs) if pause_drafting else None
+        self._rules = Rules(
+            stage_costs,
+            pause_drafting=pause_drafting,
+            flush_when=flush_rule,
+            on_gpu=shallow.on_gpu,
+            deep_here=not deep.may_be_lost,
+        )
         self._keep_states = deep.may_be_lost or scheduler.shared is not None
         self._flights = Flights(deep, ledger, keep_states=self._keep_states)
         self._completions = Completions(
@@ -92,7 +97,7 @@ class Engine:
             shallow=scheduler.shallow_cache,
             deep=deep.cache,
             policies=policies,
-            draft_rules=self._draft_rules,
+            draft_rules=self._rules.drafts,
             column_of=shallow.head.column_of,
         )
         self._load: LoadShift | None = None
@@ -224,7 +229,7 @@ class Engine:
         return {
             **figures(self._scheduler, self._deep, self.ledger),
             **self.policies.figures(),
-            "drafting_paused": float(self._draft_rules is not None and self._draft_rules.paused),
+            **self._rules.figures(),
             "load_level": 0 if self._load is None else self._load.level,
         }
 
@@ -252,17 +257,16 @@ class Engine:
     # Draft
 
     def _draft(self, work: list[ShallowWork]) -> None:
-        rules = self._draft_rules
-        pause: frozenset[AcceptMode] = frozenset()
-        if rules is not None and self._acceptance.listener is None:  # a trace is of every row
-            running = self._scheduler.running
-            pause = rules.pauses({seq.request.compute.mode for seq in running}, len(running))
+        traced = self._acceptance.listener is not None  # a trace is of every row
+        pause = frozenset() if traced else self._rules.pauses(self._scheduler.running)
+        begin = time.perf_counter()
         decided = self._shallow.run(work, pause=pause)
-        self._flush_rule.drafted(len(decided))
+        seconds = time.perf_counter() - begin
+        self._rules.drafted(work, [seq for seq, _ in decided], seconds)
         for seq, logits in decided:
             decision = seq.pending[-1]
             compute = seq.request.compute
-            rule = rules.of(compute.mode) if rules is not None else None
+            rule = self._rules.of(seq)
             if rule is not None and not math.isnan(decision.confidence):
                 rule.decided(exited=decision.token is not None)
             if decision.token is None:
@@ -286,16 +290,14 @@ class Engine:
     # Flush
 
     def _flush(self) -> bool:
-        running = self._scheduler.running
-        waiting = sum(seq.is_flushable for seq in running)
-        drafting = sum(seq.is_drafting for seq in running)
-        if not self._flush_rule.flush_now(waiting, drafting):
+        if not self._rules.flush_now(self._scheduler.running):
             return False
         chosen = self._scheduler.select_flush()
         if not chosen:
             return False
-        self._flush_rule.flushed()
+        begin = time.perf_counter()
         self._flights.send(chosen)
+        self._rules.flushed(chosen, time.perf_counter() - begin)
         return True
 
     def _wait_for_answer(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from fathom.engine.costs import StageCosts
+from fathom.engine.live_costs import Costs
 
 
 class FlushWhen(StrEnum):
@@ -38,10 +38,10 @@ class FlushRule:
         draft on  iff  a / (t_s(a) + t_d(N + a) - t_d(N))  >  N / (T + t_d(N))
 
     Args:
-        costs: measured seconds of the stages' passes. when: which rule.
+        costs: seconds of the stages' passes. when: which rule.
     """
 
-    def __init__(self, costs: StageCosts, when: FlushWhen = FlushWhen.RATE) -> None:
+    def __init__(self, costs: Costs, when: FlushWhen = FlushWhen.RATE) -> None:
         self._costs = costs
         self._when = FlushWhen(when)
         self._tokens = 0

@@ -57,6 +57,11 @@ class ShallowStage:
         self.keeps_hidden = False
         self.load: LoadShift | None = None
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether its passes run on a GPU, which answers before they are over."""
+        return self._stage.decoder.device.type == "cuda"
+
     def run(
         self, work: Rows[ShallowWork], *, pause: Container[AcceptMode] = ()
     ) -> list[tuple[Sequence, torch.Tensor | None]]:

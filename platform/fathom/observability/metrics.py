@@ -75,6 +75,7 @@ _HELP = {
     "layers_per_token": "Layer executions an output token, rejected drafts included.",
     "flush_rows": "Mean rows of a deep pass.",
     "drafting_paused": "1 while a mode drafts nothing, since it would cost time, else 0.",
+    "cost_drift": "What passes take over what they took when the replica started.",
     "flush_seconds": "Seconds from a flush to its answer, mean of the latest.",
     "flush_queue_seconds": "Seconds that a flush waits for its deep pass, mean of the latest.",
     "deep_pass_seconds": "Seconds of a deep pass, mean of the latest.",

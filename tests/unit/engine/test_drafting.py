@@ -53,7 +53,7 @@ def test_drafts_that_stand_whatever_is_said_of_them_gain_more() -> None:
 def test_modes_pause_each_for_itself(make_engine) -> None:
     """What nobody verifies pays where what is verified does not."""
     engine = make_engine(pause_drafting=True)
-    rules = engine._draft_rules
+    rules = engine._rules.drafts
     for mode, pauses in ((AcceptMode.EXACT, True), (AcceptMode.FREE, False)):
         rules.of(mode).pause = lambda sequences, pauses=pauses: pauses
     exact, free = (
@@ -108,7 +108,7 @@ class Dice:
 def engine_with_dice(make_engine, seed: int, **fields) -> Engine:
     engine = make_engine(pause_drafting=True, **fields)
     rule = Dice(seed)
-    engine._draft_rules._rules = dict.fromkeys(engine._draft_rules._rules, rule)
+    engine._rules.drafts._rules = dict.fromkeys(engine._rules.drafts._rules, rule)
     return engine
 
 
@@ -147,7 +147,7 @@ def test_blocks_of_a_pause_are_not_taken_for_drafting_ones(
 ) -> None:
     """An answer whose rows the exit layers never saw must not be found as a prefix to draft on."""
     engine = engine_with_dice(make_engine, 0, trained=exit_adapter)
-    rule = engine._draft_rules.of(AcceptMode.EXACT)
+    rule = engine._rules.drafts.of(AcceptMode.EXACT)
     rule.pause = lambda sequences: True
     always = ComputePolicy(exit_threshold=0.0)
     first = run(engine, [request("skip", [9], always), request("a", [1, 2, 3], always)])
@@ -176,7 +176,7 @@ def test_the_default_pauses_where_nothing_exits(make_engine, mode: AcceptMode) -
     """Threshold 1 lets nothing go: after the first rows the exit head is asked no more, but behind
     a prompt where the mode may show a draft at once."""
     engine = make_engine(pause_drafting=True)
-    for rule in engine._draft_rules._rules.values():  # what was measured here says little
+    for rule in engine._rules.drafts._rules.values():  # what was measured here says little
         rule._costs = StageCosts(shallow=FLAT, shallow_full=CHEAP, deep=FLAT)
     policy = ComputePolicy(mode=mode, exit_threshold=1.0)
     run(engine, [request("skip", [1], policy, max_tokens=100)])

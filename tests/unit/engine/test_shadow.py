@@ -131,8 +131,8 @@ def test_a_completion_in_the_shadow_drafts_in_a_pause(make_engine) -> None:
     items = requests(settings(AcceptMode.EXACT), max_tokens=40)
     full = run(make_engine(), requests(ComputePolicy(mode=AcceptMode.FULL), max_tokens=40))
     engine = make_engine(pause_drafting=True)
-    assert engine._draft_rules is not None
-    rule = engine._draft_rules.of(AcceptMode.EXACT)
+    assert engine._rules.drafts is not None
+    rule = engine._rules.drafts.of(AcceptMode.EXACT)
     assert rule is not None
     rule.pause = lambda sequences: True  # type: ignore[method-assign]
     run(engine, [request("scout", [5], settings(AcceptMode.EXACT))])  # the only one of 32
