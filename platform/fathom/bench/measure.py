@@ -74,14 +74,18 @@ def groups(prompts: Prompts, batch: int) -> Iterator[Prompts]:
 
 
 class FathomContender:
-    """The engine in one accept mode. Several of them share one engine."""
+    """The engine in one accept mode. Several of them share one engine.
+
+    Args:
+        label: how reports name the mode; default: as it is called.
+    """
 
     engine = "fathom"
 
-    def __init__(self, engine: Engine, compute: ComputePolicy) -> None:
+    def __init__(self, engine: Engine, compute: ComputePolicy, label: str = "") -> None:
         self._engine = engine
         self.compute = compute
-        self.mode = compute.mode.value
+        self.mode = label or compute.mode.value
 
     def run(self, prompts: Prompts, batch: int, new_tokens: int) -> Run:
         """See ``Contender.run``."""

@@ -16,7 +16,7 @@ from fathom.bench.peers_weights import Weights
 from fathom.bench.peers_worker import PeerContender, start_peer
 from fathom.config import EngineConfig
 from fathom.engine.engine import Engine
-from fathom.types import AcceptMode, ComputePolicy
+from fathom.types import ComputePolicy
 
 WIDTHS = {"float32": 32, "bfloat16": 16, "float16": 16}
 """Bits of a weight, by ``EngineConfig.dtype``."""
@@ -56,12 +56,12 @@ class Setting:
 
 
 def own_entries(
-    config: EngineConfig, modes: Sequence[AcceptMode], bits: Sequence[int]
+    config: EngineConfig, modes: Mapping[str, ComputePolicy], bits: Sequence[int]
 ) -> tuple[list[Entry], list[Engine]]:
     """Our engine once for each width, and its modes.
 
     Args:
-        config: of the width that is its dtype's own.
+        config: of the width that is its dtype's own. modes: how requests are decided, by label.
         bits: widths, each the dtype's own or one of ``QUANTIZATIONS``.
 
     Raises:
@@ -76,8 +76,8 @@ def own_entries(
         own.validate()
         engine = Engine.from_config(own)
         engines.append(engine)
-        for mode in modes:
-            contender = FathomContender(engine, ComputePolicy(mode=mode))
+        for label, compute in modes.items():
+            contender = FathomContender(engine, compute, label)
             entries.append(Entry(contender, width, own.dtype, engine.stage_costs))
     return entries, engines
 

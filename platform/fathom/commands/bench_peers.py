@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -11,15 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from fathom.bench.peers import PEERS, PeerUnavailable
 from fathom.commands.options import HelpFormatter, UsageError
+from fathom.commands.prompts import Prompt, check_lengths, encode_prompt, read_prompts
 from fathom.commands.reports import (
     batch_list,
     check_at_least_one,
     check_output,
     machine,
-    mode_list,
     write_json,
 )
 from fathom.config import DEFAULT_MODEL, DTYPES, EngineConfig
+from fathom.evaluation.errors import EvaluationError
+from fathom.evaluation.points import RANDOM, read_points
+from fathom.types import ComputePolicy
 
 if TYPE_CHECKING:
     from fathom.bench.peers_report import Entry, Key
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
   fathom bench peers --threads 1 --runs 3 --json peers.json
+  fathom bench peers --prompts gsm8k.jsonl --modes full,exact,free@0.7 --batch 1
   fathom bench peers --peers vllm,llama.cpp --batch 8 --bits 16,8,4 --modes full,exact
   fathom bench peers --peers transformers --python transformers=/opt/other/bin/python
   fathom bench peers --model small.Q4_1.gguf --peers llama.cpp --prompt-tokens 128
@@ -71,7 +76,11 @@ def add_parser(targets: Any) -> None:
         help="hub name, directory or GGUF file; llama.cpp needs a GGUF file, or a model that "
         f"`fathom pull` knows as one (default: {DEFAULT_MODEL})",
     )  # fmt: skip
-    add("--modes", default="full", metavar="LIST", help="of our engine (default: full)")
+    add(
+        "--modes", default="full", metavar="LIST",
+        help="of our engine, each alone or with its exit threshold (free@0.7), as for eval; full "
+        "is always among them (default: full)",
+    )  # fmt: skip
     add(
         "--bits", metavar="LIST",
         help="of our engine: that of --dtype, 8 and 4 (default: that of --dtype)",
@@ -81,6 +90,12 @@ def add_parser(targets: Any) -> None:
     add("--device", default="cpu", help="torch device (default: cpu; llama.cpp: only cpu)")
     add("--batch", default="1,8", metavar="LIST", help="sequences at once (default: 1,8)")
     add("--new-tokens", type=int, default=64, metavar="N", help="default: 64")
+    add(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines, as for generate (default: built-in questions)",
+    )
     add(
         "--prompt-tokens", type=int, default=0, metavar="N",
         help="cut and repeat the built-in prompts to this length (default: as they are)",
@@ -104,10 +119,13 @@ def add_parser(targets: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check the options, start what can be started, measure, print the table, write the JSON."""
-    modes, batches = mode_list(args.modes), batch_list(args.batch)
+    modes, batches = _modes(args.modes), batch_list(args.batch)
     check_at_least_one(args, "new_tokens", "num_prompts", "threads", "runs")
     if args.prompt_tokens < 0:
         raise UsageError(f"--prompt-tokens must be at least 0, got {args.prompt_tokens}.")
+    if args.prompts is not None and args.prompt_tokens:
+        raise UsageError("--prompt-tokens is the length of built-in prompts: leave --prompts out.")
+    given = None if args.prompts is None else read_prompts(args.prompts)
     names, pythons, bits = _peer_names(args.peers), _pythons(args.python), _bits(args)
     check_output(args.json)
 
@@ -135,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
         info = engines[0].info
         setting = Setting(
             weights, args.dtype, args.device, args.threads,
-            _prompts(args, engines[0], max(*batches, args.num_prompts)),
+            _prompts(args, engines[0], given, max(*batches, args.num_prompts)),
             batches, args.new_tokens, (info.eos_token_ids or (0,))[0],
         )  # fmt: skip
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fathom-peers-")))
@@ -195,9 +213,28 @@ def _bits(args: argparse.Namespace) -> list[int]:
     return list(dict.fromkeys(bits))
 
 
-def _prompts(args: argparse.Namespace, engine: Engine, count: int) -> list[tuple[int, ...]]:
+def _modes(text: str) -> dict[str, ComputePolicy]:
+    """Policies by label of a list of modes, each alone or with its exit threshold."""
+    names = [name.strip() for name in text.split(",")]
+    if RANDOM in names:
+        raise UsageError("--modes random takes its rate from an evaluation: see fathom eval.")
+    try:
+        return read_points(names, ComputePolicy())
+    except EvaluationError as error:
+        raise UsageError(str(error)) from error
+
+
+def _prompts(
+    args: argparse.Namespace, engine: Engine, given: Sequence[Prompt] | None, count: int
+) -> list[tuple[int, ...]]:
     from fathom.bench.prompts import token_prompts
 
+    if given is not None:
+        chosen = list(itertools.islice(itertools.cycle(given), count))
+        encoded = [encode_prompt(engine.tokenizer, prompt) for prompt in chosen]
+        longest = engine.info.max_model_len
+        check_lengths(chosen, encoded, new_tokens=args.new_tokens, max_model_len=longest)
+        return [tuple(prompt) for prompt in encoded]
     prompts = token_prompts(engine.tokenizer, count, args.prompt_tokens)
     longest = max(map(len, prompts)) + args.new_tokens
     if longest > engine.info.max_model_len:
@@ -271,6 +308,7 @@ def _meta(args: argparse.Namespace, engine: Engine, setting: Setting) -> dict[st
         "adapter": engine.info.adapter,
         "dtype": args.dtype,
         "threads": args.threads,
+        "prompts": None if args.prompts is None else args.prompts.name,
         "prompt_tokens": [len(prompt) for prompt in setting.prompts],
         "new_tokens": args.new_tokens,
         "runs": args.runs,
