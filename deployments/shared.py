@@ -24,7 +24,7 @@ from deployments.policies import stop_policies
 from deployments.shadow import stop_shadow
 from fathom.config import ConfigError, DataPlaneConfig, ServeConfig
 from fathom.dataplane.protocol import Tls
-from fathom.kvstore.ray_store import NAMESPACE, RayKVStore, start_store, stop_store
+from fathom.kvstore.ray_store import NAMESPACE, RayKVStore, start_store, stop_store, store_name
 
 _TABLE = b"fathom"
 
@@ -87,7 +87,7 @@ def open_store(config: ServeConfig, application: str) -> RayKVStore | None:
         return None
     return RayKVStore(
         start_store(
-            _store_name(application),
+            store_name(application),
             shards=config.store_shards,
             budget_bytes=config.kv_store.budget_bytes,
         )
@@ -102,12 +102,12 @@ def end(application: str) -> None:
     stop_journal(application)
     stop_policies(application)
     stop_shadow(application)
-    prefix = f"{_store_name(application)}-"
+    prefix = f"{store_name(application)}-"
     actors = ray.util.list_named_actors(all_namespaces=True)
     names = [each["name"] for each in actors if each["namespace"] == NAMESPACE]
     numbers = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     shards = 1 + max((int(number) for number in numbers if number.isdigit()), default=-1)
-    stop_store(_store_name(application), shards=shards)
+    stop_store(store_name(application), shards=shards)
     internal_kv._internal_kv_del(_key(application), namespace=_TABLE)
 
 
@@ -124,10 +124,6 @@ def end_if_deleted(application: str) -> None:
 
 def _key(application: str) -> bytes:
     return f"data plane of {application}".encode()
-
-
-def _store_name(application: str) -> str:
-    return f"kv-store-of-{application}"
 
 
 def _read(path: str) -> bytes:

@@ -63,6 +63,26 @@ class StoreShard:
         return self._index.stats()
 
 
+def store_name(application: str) -> str:
+    """Name of the store that an application's replicas share."""
+    return f"kv-store-of-{application}"
+
+
+def find_store(name: str) -> list[Any]:
+    """The shards of a store that somebody has started.
+
+    Raises:
+        LookupError: if there is none of this name.
+    """
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    names = {each["name"] for each in actors if each["namespace"] == NAMESPACE}
+    count = sum(each.startswith(f"{name}-") and each[len(name) + 1 :].isdigit() for each in names)
+    # Where a chain lies depends on how many shards there are: all of them, or none.
+    if not count or not names >= {f"{name}-{index}" for index in range(count)}:
+        raise LookupError(f"no KV store {name!r} on this Ray cluster: start its replicas first.")
+    return [ray.get_actor(f"{name}-{index}", namespace=NAMESPACE) for index in range(count)]
+
+
 def start_store(name: str, *, shards: int, budget_bytes: int) -> list[Any]:
     """The shards of a store, started where there are none of this name.
 
