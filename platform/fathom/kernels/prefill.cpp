@@ -25,12 +25,17 @@
 
 namespace {
 
-constexpr int kLanes = 16;
-constexpr int kRows = 6;  // query rows that are multiplied at once; with kWide vectors of results
+// A register's lanes, and how many registers of results each of kRows query rows has at once: what
+// the register file holds, for GCC keeps longer vectors than the machine's in memory.
+constexpr int kRows = 6;
 #if defined(__AVX512F__)
-constexpr int kWide = 4;
+constexpr int kLanes = 16, kWide = 4;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kWide = 2;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4, kWide = 4;
 #else
-constexpr int kWide = 1;  // 12 registers of 32 bytes
+constexpr int kLanes = 4, kWide = 2;
 #endif
 constexpr int kStrip = kWide * kLanes;  // keys
 constexpr int kTile = 512;              // keys that share one step of the softmax
@@ -147,7 +152,11 @@ inline float sum_of(Floats values) {
   return total;
 }
 
-inline Ints lane_numbers() { return Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+inline Ints lane_numbers() {
+  Ints numbers;
+  for (int i = 0; i < kLanes; ++i) numbers[i] = i;
+  return numbers;
+}
 
 // A row's scores of a tile become probabilities, relative to the largest score so far; those from
 // `seen` on are 0. Returns what earlier sums are to be multiplied with.
@@ -187,6 +196,8 @@ inline Floats soften(float* scores, int seen, int keys, float scale, float& larg
   return factor;
 }
 
+#if defined(__AVX512F__)
+
 // 16 rows of 16 items: four times, the first half of the rows is shuffled into the second.
 inline void transpose(Words (&rows)[kLanes]) {
   for (int round = 0; round < 4; ++round) {
@@ -201,6 +212,8 @@ inline void transpose(Words (&rows)[kLanes]) {
     std::memcpy(rows, next, sizeof next);
   }
 }
+
+#endif
 
 template <typename T>
 inline void convert(float* to, const T* from, int count) {
@@ -245,12 +258,14 @@ void lay_out(const Head<T>& head, int64_t first, int64_t stop, E* keys, E* value
     const char* rows = reinterpret_cast<const char*>(staged);
     char* target = reinterpret_cast<char*>(keys) + part * 4;
     int item = 0;
+#if defined(__AVX512F__)
     for (; item + kLanes <= items; item += kLanes) {
       Words square[kLanes];
       for (int i = 0; i < kLanes; ++i) square[i] = load<Words>(rows + (i * items + item) * 4);
       transpose(square);
       for (int i = 0; i < kLanes; ++i) store(target + (item + i) * kStrip * 4, square[i]);
     }
+#endif
     for (; item < items; ++item)
       for (int i = 0; i < kLanes; ++i)
         std::memcpy(target + (item * kStrip + i) * 4, rows + (i * items + item) * 4, 4);
