@@ -10,7 +10,7 @@ import torch
 from fathom.attention.paged_cache import PagedKVCache
 from fathom.engine.deep import DeepStage
 from fathom.engine.sequence import Sequence
-from fathom.engine.shared import SharedBlocks
+from fathom.engine.shared import LoadedStates, SharedBlocks
 from fathom.engine.states import ExitStates
 
 _BLOCKS_AT_ONCE = 8
@@ -30,7 +30,7 @@ class _Load:
     first: int
     deep: Future[int]
     shallow: Future[int] | None = None
-    states: torch.Tensor | None = None
+    states: LoadedStates | None = None
 
 
 class SharedPrefixes:
@@ -83,7 +83,8 @@ class SharedPrefixes:
         for cache in caches:
             cache.grow(seq.seq_id, last * size)
         blocks, deep_blocks = (c.block_table(seq.seq_id)[first:last] for c in caches)
-        states = self._no_states.new_empty((last - first) * size, self._no_states.shape[1])
+        rows = self._no_states.new_empty((last - first) * size, self._no_states.shape[1])
+        states = LoadedStates(rows)
         shallow = self._shared.load(blocks, seq.shallow_keys[:last], states)
         deep = self._deep.load(deep_blocks, seq.deep_keys[:last])
         seq.in_flight = True
@@ -132,8 +133,10 @@ class SharedPrefixes:
                 seq.shallow_keys[:final],
                 seq.states.rows(start * size, final * size),
             )
+            start = max(start, seq.deep_ahead // size)  # the store had those before it
             deep_blocks = self._deep.cache.block_table(seq.seq_id)[start:final]
-            self._deep.publish(deep_blocks, seq.deep_keys[:final])
+            if deep_blocks:
+                self._deep.publish(deep_blocks, seq.deep_keys[:final])
         seq.shared_blocks = final
 
     def close(self) -> None:
@@ -145,20 +148,26 @@ class SharedPrefixes:
         seq.in_flight = False
         deep = load.first + load.deep.result() * size
         if load.shallow is not None:
-            count = load.shallow.result() * size
+            assert load.states is not None
+            blocks, found = load.shallow.result(), load.deep.result()
+            # Without its exit states a row is of use where its deep keys and values are there.
+            lacking = [index for index in load.states.missing if index < blocks]
+            blocks = min([blocks, *(index for index in lacking if index >= found)])
+            known = max((index + 1 for index in lacking if index < blocks), default=0) * size
+            count = blocks * size
             seq.shallow_len = seq.exit_len = load.first + count
-            seq.states = ExitStates(load.first)
-            if count:
-                assert load.states is not None
-                seq.states.append(load.states[:count])
+            seq.states = ExitStates(load.first + known)
+            if count > known:
+                seq.states.append(load.states.rows[known:count])
             self._cache.truncate(seq.seq_id, seq.shallow_len)
             seq.shared_blocks = seq.shallow_len // size
             if not seq.compute.preemptions:
                 seq.cached_tokens = min(seq.shallow_len, seq.num_prompt)
             self.tokens += count
-        # Without its deep blocks a row is simply on the stack: its exit state is here.
-        seq.deep_len = min(deep, seq.shallow_len)
-        self._deep.cache.truncate(seq.seq_id, seq.deep_len)
+        # Without its deep blocks a row is simply on the stack: its exit state is here. Without its
+        # shallow ones it runs up to the exit, and its deep keys and values wait for it.
+        seq.deep_len, seq.deep_ahead = min(deep, seq.shallow_len), deep
+        self._deep.cache.truncate(seq.seq_id, deep)
 
 
 def _fits(cache: PagedKVCache, seq_id: int, length: int) -> bool:

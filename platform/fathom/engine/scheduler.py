@@ -169,7 +169,7 @@ class Scheduler:
         It loads what the KV store has; what is left of the stack goes there as states.
         """
         self._deep.open(seq.seq_id)
-        seq.deep_len = seq.published_blocks = 0
+        seq.deep_len = seq.deep_ahead = seq.published_blocks = 0
         if self.shared is not None:
             self._extend_keys(seq)
             limit = min(self._final_rows(seq), seq.shallow_len) // self._deep.block_size

@@ -61,6 +61,8 @@ class Sequence:
         seq_id: the key in both KV caches.
         index: which of the request's completions. seed: of its draws.
         tokens: prompt and output, drafts included. stop_ids: tokens that end it.
+        deep_ahead: leading positions whose deep KV came from the KV store before the shallow stage
+            got there: rows up to here never go on the stack.
         states: exit-layer hidden states, those of the stack at least, and those that the exit
             layers have not seen. Earlier ones are kept where the deep stage may be lost, or blocks
             are shared.
@@ -96,6 +98,7 @@ class Sequence:
     deep_keys: list[BlockKey] = field(default_factory=list)
     shallow_len: int = 0
     deep_len: int = 0
+    deep_ahead: int = 0
     exit_len: int = 0
     never_drafts: bool = False
     states: ExitStates = field(default_factory=ExitStates)
@@ -195,6 +198,11 @@ class Sequence:
         timeout = self.request.timeout_s
         return timeout is not None and now - self.added_at > timeout
 
+    def ran_shallow(self, rows: int) -> None:
+        """Count rows that the shallow stage has run; what deep KV is there already counts too."""
+        self.shallow_len += rows
+        self.deep_len = max(self.deep_len, min(self.deep_ahead, self.shallow_len))
+
     def forget_kv(self) -> None:
         """Back to no KV at all; tokens and decisions stay, so nothing is decided twice."""
         self.restart(0)
@@ -202,6 +210,7 @@ class Sequence:
     def restart(self, length: int) -> None:
         """Go on from the first ``length`` positions, which have KV in both stages."""
         self.shallow_len = self.deep_len = self.exit_len = length
+        self.deep_ahead = 0
         self.never_drafts = False
         self.published_blocks = self.shared_blocks = 0
         self.states = ExitStates(length)

@@ -94,7 +94,7 @@ class ShallowStage:
         row = 0
         for item in work:
             item.seq.states.append(states[row : row + item.num_rows])
-            item.seq.shallow_len += item.num_rows
+            item.seq.ran_shallow(item.num_rows)
             row += item.num_rows
         return self._decide(deciding, self._exit_states(work, whole, hidden, pause=pause))
 

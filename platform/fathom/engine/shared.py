@@ -8,6 +8,7 @@ import queue
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,6 +16,19 @@ import torch
 from fathom.attention.pool import KVPool
 from fathom.kvstore.keys import BlockKey
 from fathom.kvstore.store import Block, BlocksGone, KVStore
+
+
+@dataclass(slots=True)
+class LoadedStates:
+    """Exit states of the rows of blocks that are loaded.
+
+    Attributes:
+        rows: [blocks * block_size, d]. missing: numbers of the blocks that came without.
+    """
+
+    rows: torch.Tensor
+    missing: list[int] = field(default_factory=list)
+
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +41,8 @@ class SharedBlocks:
 
     A block in the store is the pool's block, [layers, 2 * num_kv_heads, block_size, head_dim] in
     the pool's dtype, then, for a shallow stage, the exit-layer hidden states of its rows,
-    [block_size, d]: from them a deep stage that lacks a block can rebuild its own.
+    [block_size, d]: from them a deep stage that lacks a block can rebuild its own. A block that
+    vLLM computed has none (``fathom.vllm.kv_keys``).
 
     Args:
         store: is asked from several threads.
@@ -50,12 +65,12 @@ class SharedBlocks:
         self._publisher.start()
 
     def load(
-        self, blocks: Sequence[int], keys: Sequence[BlockKey], states: torch.Tensor | None = None
+        self, blocks: Sequence[int], keys: Sequence[BlockKey], states: LoadedStates | None = None
     ) -> Future[int]:
         """Fill blocks of the pool from the store; see ``DeepStage.load``.
 
         Args:
-            states: [len(blocks) * block_size, d], filled as far as the answer says.
+            states: filled as far as the answer says.
         """
         return self._loaders.submit(self._load, list(blocks), list(keys), states)
 
@@ -88,7 +103,7 @@ class SharedBlocks:
                 self._queue.get_nowait()
         self._queue.put(None)
 
-    def _load(self, blocks: list[int], keys: list[BlockKey], states: torch.Tensor | None) -> int:
+    def _load(self, blocks: list[int], keys: list[BlockKey], states: LoadedStates | None) -> int:
         """How many blocks were filled. Whatever goes wrong in the store is a miss."""
         try:
             return self._fill(blocks, keys, states)
@@ -98,7 +113,7 @@ class SharedBlocks:
             _log.exception("the KV store fails; blocks are computed")
             return 0
 
-    def _fill(self, blocks: list[int], keys: list[BlockKey], states: torch.Tensor | None) -> int:
+    def _fill(self, blocks: list[int], keys: list[BlockKey], states: LoadedStates | None) -> int:
         first = len(keys) - len(blocks)
         hits = self._store.lookup(keys)
         if len(hits) <= first:
@@ -107,8 +122,10 @@ class SharedBlocks:
         size, split = self._pool.block_size, self._pool.bytes_a_block
         for index, content in enumerate(found):
             self._pool.write_block(blocks[index], content[:split])
-            if states is not None:
-                own = states[index * size : (index + 1) * size]
+            if states is not None and len(content) == split:
+                states.missing.append(index)
+            elif states is not None:
+                own = states.rows[index * size : (index + 1) * size]
                 own.copy_(_tensor_of(content[split:], own))
         self.loaded += len(found)
         return len(found)

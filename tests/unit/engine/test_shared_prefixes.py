@@ -107,8 +107,53 @@ def test_without_its_deep_blocks_a_prefix_goes_to_the_deep_stage_as_states(
     assert rows.prefill_layer_tokens < 2 * len(LONG) + 2 * BLOCK
 
 
+@pytest.mark.parametrize("mode", [AcceptMode.FULL, AcceptMode.EXACT])
+def test_without_its_shallow_blocks_a_prefix_stops_at_the_exit(
+    make_engine, alone, mode: AcceptMode
+) -> None:
+    """Deep keys and values wait for the shallow stage to come by."""
+    store = LocalStore()
+    run_one(make_engine(store=store), request("a", LONG, FULL))
+    settle(store)
+    store.forget(_chain(alone, LONG, stage=0))
+    second = make_engine(store=store)
+    compute = ComputePolicy(mode=mode)
+    found = run_one(second, request("a", LONG, compute))
+    assert found.ids == run_one(alone, request("b", LONG, FULL)).ids
+    shared = (len(LONG) - 1) // BLOCK * BLOCK
+    rows = second.ledger.total
+    # Two of four layers are the shallow stage's; all of its prefill rows ran, few of the deep ones.
+    assert 2 * len(LONG) <= rows.prefill_layer_tokens <= 4 * len(LONG) - 2 * shared
+    second.check_integrity()
+
+
+@pytest.mark.parametrize("lacking", ["all", "first", "last", "deep"])
+def test_blocks_without_exit_states_are_of_use(make_engine, alone, lacking: str) -> None:
+    """As vLLM makes them: keys and values alone. Without deep ones they are left out."""
+    store = LocalStore()
+    run_one(make_engine(store=store), request("a", LONG, FULL))
+    settle(store)
+    keys = _chain(alone, LONG, stage=0)
+    bare = {"first": keys[:4], "last": keys[4:]}.get(lacking, keys)
+    states = BLOCK * 32 * 4  # width of a state, bytes of a number
+    for key in bare:
+        store._blocks[key] = store._blocks[key][:-states]
+    if lacking == "deep":
+        store.forget(_chain(alone, LONG, stage=1)[3:])
+    second = make_engine(store=store)
+    found = run_one(second, request("a", LONG, FULL))
+    assert found.ids == run_one(alone, request("b", LONG, FULL)).ids
+    shared = (len(LONG) - 1) // BLOCK * BLOCK
+    assert second.stats()["kv_store_hits"] == (3 * BLOCK if lacking == "deep" else shared)
+    second.check_integrity()
+
+
 def _deep_chain(engine: Engine, tokens: list[int]) -> list[bytes]:
-    _, root = engine._scheduler._roots("", False)
+    return _chain(engine, tokens, stage=1)
+
+
+def _chain(engine: Engine, tokens: list[int], stage: int) -> list[bytes]:
+    root = engine._scheduler._roots("", False)[stage]
     keys: list[bytes] = []
     extend_keys(keys, root, tokens, BLOCK)
     return keys
