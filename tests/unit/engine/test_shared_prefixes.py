@@ -135,9 +135,9 @@ def test_blocks_without_exit_states_are_of_use(make_engine, alone, lacking: str)
     settle(store)
     keys = _chain(alone, LONG, stage=0)
     bare = {"first": keys[:4], "last": keys[4:]}.get(lacking, keys)
-    states = BLOCK * 32 * 4  # width of a state, bytes of a number
+    kept = 2 * 4 * BLOCK * 8 * 4  # layers, heads of keys and values, rows, head_dim, bytes
     for key in bare:
-        store._blocks[key] = store._blocks[key][:-states]
+        store._blocks[key] = store._blocks[key][:kept]
     if lacking == "deep":
         store.forget(_chain(alone, LONG, stage=1)[3:])
     second = make_engine(store=store)
