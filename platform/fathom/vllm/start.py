@@ -54,6 +54,11 @@ def start_vllm(config: EngineConfig, own: VllmConfig) -> VllmEngine:
     tokenizer = load_tokenizer(directory)
     arguments = engine_arguments(config, own, model)
     vllm = _import_vllm(own)
+    transfer = arguments.get("kv_transfer_config")
+    if isinstance(transfer, Mapping):  # the one such field that vLLM does not convert itself
+        arguments["kv_transfer_config"] = importlib.import_module("vllm.config").KVTransferConfig(
+            **transfer
+        )
     try:
         settings = vllm.AsyncEngineArgs(model=str(directory), **arguments)
     except TypeError as error:
