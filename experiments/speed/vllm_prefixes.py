@@ -71,7 +71,8 @@ def measure(args: argparse.Namespace, store: RayKVStore) -> dict[str, Any]:
 
     alone = vllm(args, [*ours, *theirs], None)
     address = ray.get_runtime_context().gcs_address
-    shared = vllm(args, [*ours, *theirs], {"ray_address": address, "store": STORE})
+    connector = {"ray_address": address, "store": STORE, "model": args.model}
+    shared = vllm(args, [*ours, *theirs], connector)
     wait_for(store, [*ours, *theirs])
     n = len(ours)
     seconds = {
@@ -122,7 +123,10 @@ def ask(engine: Engine, ids: list[int], compute: ComputePolicy) -> tuple[int, fl
     """The first token of an answer, and the seconds until it is there."""
     sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
     begin = time.perf_counter()
-    engine.add_request(Request("one", tuple(ids), sampling, compute))
+    request = Request(
+        request_id="one", prompt_token_ids=tuple(ids), sampling=sampling, compute=compute
+    )
+    engine.add_request(request)
     token, seconds = -1, 0.0
     while engine.has_work():
         for output in engine.step():

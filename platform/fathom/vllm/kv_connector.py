@@ -171,7 +171,6 @@ class FathomConnector(KVConnectorBase_V1, SupportsHMA):
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """See the base class: what the step needs is there on return."""
-        self._failed = set()
         for job in self._jobs().loads:
             lost = self._moving().load(job, self._client())
             if lost:
@@ -192,13 +191,15 @@ class FathomConnector(KVConnectorBase_V1, SupportsHMA):
     def wait_for_save(self) -> None:
         """See the base class: copies what is due; the rest goes on behind it."""
         for job in self._jobs().saves:
-            if job.request not in self._failed:  # else this step computed from what is not there
+            # Steps scheduled before the failure was known compute from what is not there.
+            if job.request not in self._failed:
                 self._moving().save(job, self._client())
             if job.last:
                 self._read.add(job.request)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """See the base class."""
+        self._failed -= finished_req_ids
         read, self._read = self._read, set()
         return read or None, None
 
