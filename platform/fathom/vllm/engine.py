@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from functools import partial
@@ -32,6 +33,7 @@ class VllmEngine:
         llm: the ``AsyncLLM``, started. new_params: its ``SamplingParams``, by keywords, to give
             news alone (``RequestOutputKind.DELTA``). client_error: what it raises for a request
             that it refuses.
+        lifeline: what ends vLLM's processes with this one (``vllm.lifeline``).
         new_detokenizer: None where only token ids matter.
 
     Attributes:
@@ -46,6 +48,7 @@ class VllmEngine:
         client_error: type[Exception],
         info: EngineInfo,
         ledger: Ledger,
+        lifeline: subprocess.Popen[bytes],
         figures: Figures,
         new_detokenizer: DetokenizerFactory | None = None,
     ) -> None:
@@ -55,6 +58,7 @@ class VllmEngine:
         self._new_params = new_params
         self._client_error = client_error
         self._figures = figures
+        self._lifeline = lifeline
         self._new_detokenizer = new_detokenizer
         self._tasks: dict[str, set[asyncio.Task[None]]] = {}
         self._closed = False
@@ -157,6 +161,7 @@ class VllmEngine:
             for task in tasks:
                 task.cancel()
         await asyncio.to_thread(partial(self._llm.shutdown, timeout=5))
+        await asyncio.to_thread(self._lifeline.communicate)
 
     def _check(self, request: Request) -> None:
         if request.request_id in self._tasks:

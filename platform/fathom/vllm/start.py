@@ -19,6 +19,7 @@ from fathom.models.tokenizer import IncrementalDetokenizer, load_tokenizer
 from fathom.settings import ConfigError
 from fathom.vllm.engine import VllmEngine
 from fathom.vllm.figures import Figures
+from fathom.vllm.lifeline import children, tie
 from fathom.vllm.settings import VllmConfig
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -67,13 +68,16 @@ def start_vllm(config: EngineConfig, own: VllmConfig) -> VllmEngine:
             "fields of vLLM's AsyncEngineArgs."
         ) from error
     figures = Figures()
+    before = children()
     llm = vllm.AsyncLLMEngine.from_engine_args(
         settings, stat_loggers=[lambda _config, _index: figures]
     )
+    lifeline = tie(children() - before)
     cache = llm.vllm_config.cache_config
     digest = model_digest(weights_digest(directory), model)
     return VllmEngine(
         llm=llm,
+        lifeline=lifeline,
         new_params=partial(vllm.SamplingParams, output_kind=_delta()),
         client_error=importlib.import_module("vllm.exceptions").VLLMClientError,
         info=EngineInfo(

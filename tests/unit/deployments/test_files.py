@@ -35,7 +35,8 @@ def deployments_of(application: Any) -> dict[str, Any]:
 
 
 def serve_configs() -> dict[str, dict[str, Any]]:
-    files = {name: read(DEPLOYMENTS / name) for name in ("fused.yaml", "disaggregated.yaml")}
+    names = ("fused.yaml", "disaggregated.yaml", "vllm.yaml")
+    files = {name: read(DEPLOYMENTS / name) for name in names}
     text = read(DEPLOYMENTS / "kuberay.yaml")["spec"]["serveConfigV2"]
     return {**files, "kuberay.yaml": yaml.safe_load(text)}
 
@@ -51,7 +52,11 @@ def test_serve_takes_the_file_and_we_take_its_settings(
     assert application.import_path == "deployments.app:build"
     built = call_user_app_builder_with_args_if_necessary(build, application.args)
     config = from_mapping(ServeConfig, application.args)
-    pools = {"Engine"} if config.topology is Topology.FUSED else {"Shallow", "Deep"}
+    pools = {
+        Topology.FUSED: {"Engine"},
+        Topology.DISAGGREGATED: {"Shallow", "Deep"},
+        Topology.VLLM: {"Vllm"},
+    }[config.topology]
     assert set(deployments_of(built)) == {"Ingress", *pools}
     assert schema.http_options.host == config.host
     assert schema.http_options.port == config.port
