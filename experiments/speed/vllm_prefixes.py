@@ -52,11 +52,14 @@ def main() -> None:
         ray.shutdown()
     if args.json:
         Path(args.json).write_text(json.dumps(figures))
-    for name, seconds in figures["seconds"].items():
-        shown = ", ".join(f"{1e3 * each:.0f}" for each in seconds)
-        print(f"{name:44} {1e3 * statistics.median(seconds):6.0f} ms   ({shown})")
-    print("tokens that vLLM loaded:", figures["hits"])
     print("first tokens equal:", figures["equal"])
+
+
+def show(name: str, seconds: list[float]) -> list[float]:
+    """Print a row as soon as it is measured."""
+    shown = ", ".join(f"{1e3 * each:.0f}" for each in seconds)
+    print(f"{name:44} {1e3 * statistics.median(seconds):6.0f} ms   ({shown})", flush=True)
+    return seconds
 
 
 def measure(args: argparse.Namespace, store: RayKVStore) -> dict[str, Any]:
@@ -69,17 +72,20 @@ def measure(args: argparse.Namespace, store: RayKVStore) -> dict[str, Any]:
     wait_for(store, ours)
     filler.close()
 
-    alone = vllm(args, [*ours, *theirs], None)
     address = ray.get_runtime_context().gcs_address
     connector = {"ray_address": address, "store": STORE, "model": args.model}
     shared = vllm(args, [*ours, *theirs], connector)
     wait_for(store, [*ours, *theirs])
     n = len(ours)
     seconds = {
-        "vLLM, no store": alone["seconds"][:n],
         "vLLM, prefix computed by Fathom": shared["seconds"][:n],
         "vLLM, storing, nothing found": shared["seconds"][n:],
     }
+    for name, found in seconds.items():
+        show(name, found)
+    print("tokens that vLLM loaded:", shared["hits"], flush=True)
+    alone = vllm(args, ours, None)
+    seconds["vLLM, no store"] = show("vLLM, no store", alone["seconds"])
     cold = engine_of(args, None)
     firsts = []
     for name, compute in (("full", full), ("exact", exact)):
@@ -88,11 +94,12 @@ def measure(args: argparse.Namespace, store: RayKVStore) -> dict[str, Any]:
         ask(warm, [each + 1 for each in ours[0][:64]], compute)
         for kind, engine in (("no store", cold), ("prefix computed by vLLM", warm)):
             found = [ask(engine, ids, compute) for ids in theirs]
-            seconds[f"Fathom `{name}`, {kind}"] = [each for _, each in found]
+            row = f"Fathom `{name}`, {kind}"
+            seconds[row] = show(row, [each for _, each in found])
             firsts.append([token for token, _ in found])
         warm.close()
     equal = {
-        "vLLM": [a == b for a, b in zip(alone["answers"], shared["answers"], strict=True)],
+        "vLLM": [a == b for a, b in zip(alone["answers"], shared["answers"][:n], strict=True)],
         "Fathom": [firsts[0] == firsts[1], firsts[2] == firsts[3]],
     }
     return {"seconds": seconds, "hits": shared["hits"], "equal": equal}
