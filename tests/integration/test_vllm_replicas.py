@@ -85,13 +85,21 @@ def prompts(engine: Engine) -> list[tuple[int, ...]]:
     ]
 
 
-def own_answers(engine: Engine, sampling: SamplingParams) -> list[list[RequestOutput]]:
+def own_answers(
+    engine: Engine, sampling: SamplingParams, salt: str = ""
+) -> list[list[RequestOutput]]:
     """What our own engine answers in mode full, output by output."""
     found: dict[str, list[RequestOutput]] = {}
     for index, prompt in enumerate(prompts(engine)):
         found[str(index)] = []
         engine.add_request(
-            Request(request_id=str(index), prompt_token_ids=prompt, sampling=sampling, compute=FULL)
+            Request(
+                request_id=str(index),
+                prompt_token_ids=prompt,
+                sampling=sampling,
+                compute=FULL,
+                cache_salt=salt,
+            )
         )
     while engine.has_work():
         for output in engine.step():
@@ -163,7 +171,8 @@ def test_usage_says_that_every_token_had_all_layers(engine: Engine, http: httpx.
     assert compute["layers_per_token"] == compute["mean_depth"] == layers
     assert found["usage"]["completion_tokens"] == 2 * NEW_TOKENS == compute["decided"]
     # Equal work is entered as in our own engine's account.
-    own = own_answers(engine, SamplingParams(max_tokens=8, ignore_eos=True))[0][-1].usage
+    sampling = SamplingParams(max_tokens=8, ignore_eos=True)
+    own = own_answers(engine, sampling, "alone")[0][-1].usage
     assert own is not None
     prompt = list(prompts(engine)[0])
     page = answer(http, prompt, max_tokens=8, ignore_eos=True, cache_salt="alone")["usage"]

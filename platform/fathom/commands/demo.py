@@ -122,8 +122,17 @@ class _Answer:
         return line
 
 
-def show_calls(client: Client, model: str, console: Console) -> None:
-    """Say how to call the server: with curl, and with OpenAI's client."""
+def show_calls(client: Client, model: str, console: Console, *, full_depth: bool = False) -> None:
+    """Say how to call the server: with curl, and with OpenAI's client.
+
+    Args:
+        full_depth: it knows mode ``full`` alone.
+    """
+    modes = ["full", "full"] if full_depth else ["exact", "free"]
+    curls, clients = (
+        json.dumps({"mode": mode} if full_depth else {"mode": mode, "exit_threshold": 0.8})
+        for mode in modes
+    )
     header = ' \\\n  -H "Authorization: Bearer $FATHOM_API_KEY"' if client.key else ""
     imports = "import os\n" if client.key else ""
     key = 'os.environ["FATHOM_API_KEY"]' if client.key else '"none"'
@@ -134,7 +143,7 @@ Serving {model} at {client.url}. Call it:
 curl {client.url}/v1/chat/completions -H 'Content-Type: application/json'\
 {header} \\
   -d '{{"model": "{model}", "max_tokens": 64, "depths": true,
-       "compute": {{"mode": "exact", "exit_threshold": 0.8}},
+       "compute": {curls},
        "messages": [{{"role": "user", "content": "Hello!"}}]}}'
 
 {imports}from openai import OpenAI
@@ -142,7 +151,7 @@ client = OpenAI(base_url="{client.url}/v1", api_key={key})
 answer = client.chat.completions.create(
     model="{model}",
     messages=[{{"role": "user", "content": "Hello!"}}],
-    extra_body={{"compute": {{"mode": "free", "exit_threshold": 0.8}}, "depths": True}},
+    extra_body={{"compute": {clients}, "depths": True}},
 )
 print(answer.choices[0].message.content, answer.choices[0].depths, answer.usage.compute)
 

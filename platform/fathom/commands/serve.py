@@ -256,7 +256,7 @@ def run(args: argparse.Namespace) -> int:
         client, console = Client(server.url), Console()
         if args.demo:
             show_answer(client, model, console)
-        show_calls(client, model, console)
+        show_calls(client, model, console, full_depth=config.topology is Topology.VLLM)
     except BaseException:
         server.stop()
         raise
