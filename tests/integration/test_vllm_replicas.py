@@ -215,7 +215,8 @@ def test_other_modes_are_answered_400(http: httpx.Client, mode: str) -> None:
 def test_whoever_hangs_up_or_is_late_leaves_nothing_behind(http: httpx.Client) -> None:
     long = body("Once upon a time", max_tokens=1500, ignore_eos=True, stream=True)
     with http.stream("POST", "/v1/completions", json=long) as reply:
-        next(line for line in reply.iter_lines() if line.startswith("data: {"))
+        lines = reply.iter_lines()  # held: its end would hang up
+        assert next(lines).startswith("data: {")
         assert metrics(http)["fathom_num_requests_running"] == 1
         assert metrics(http)["fathom_kv_cache_usage_perc"] > 0
     wait_for(lambda: metrics(http)["fathom_num_requests_running"] == 0, 30)
