@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from fathom.attention.names import ATTENTIONS
 from fathom.engine.flush_rules import FlushWhen
 from fathom.exits.load import LoadConfig
 from fathom.exits.shadow import ShadowConfig
@@ -68,8 +69,15 @@ class EngineConfig:
         dtype: of weights, activations and KV blocks.
         quantization: bits of the layers' weights: ``none`` (those of ``dtype``), ``int8`` or
             ``int4``; or of each stage, ``SHALLOW:DEEP``. LM head and exit head of a quantized
-            stage have 8. On a CPU.
+            stage have 8. By our kernels on a CPU; on a GPU torch unpacks them, which saves
+            memory and no time.
         device: a torch device string.
+        attention: what computes attention: ``kernel`` (our own, on a CPU), ``sdpa`` or ``flex``
+            (torch's, everywhere), ``flashinfer`` (on an NVIDIA GPU); ``auto`` takes the fastest of
+            kernel, flashinfer and sdpa that runs here.
+        cuda_graphs: on a GPU, passes of up to 128 rows are captured and replayed.
+        compile: torch compiles what layers do around attention, at first use. Not where our own
+            kernels run them, which are faster.
         threads: torch intra-op threads of this process; 0 leaves torch's setting.
         adapter: what was trained for early exits: ``auto`` (the default that ships for this
             model, else none), ``none`` (the model's own norm and LM head), the name of one that
@@ -99,6 +107,9 @@ class EngineConfig:
     dtype: str = "bfloat16"
     quantization: str = "none"
     device: str = "cpu"
+    attention: str = "auto"
+    cuda_graphs: bool = True
+    compile: bool = False
     threads: int = 0
     adapter: str = "auto"
     exit_layer: int = 0
@@ -123,6 +134,7 @@ class EngineConfig:
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
         self._check_quantization()
+        self._check_attention()
         if self.flush_rule not in list(FlushWhen):
             raise ConfigError(
                 f"flush_rule must be one of {', '.join(FlushWhen)}, got {self.flush_rule!r}."
@@ -155,6 +167,24 @@ class EngineConfig:
         """What ``quantization`` says."""
         return Bits.parse(self.quantization)
 
+    def _check_attention(self) -> None:
+        """What is known before the model is: the rest is told where the stages are built."""
+        if self.attention not in ATTENTIONS:
+            raise ConfigError(
+                f"attention must be one of {', '.join(ATTENTIONS)}, got {self.attention!r}."
+            )
+        needs = {"kernel": "cpu", "flashinfer": "cuda"}.get(self.attention)
+        if needs is not None and self.device.split(":")[0] != needs:
+            raise ConfigError(
+                f"attention {self.attention!r} needs device {needs}, and device is "
+                f"{self.device!r}: leave one of them out."
+            )
+        if self.attention == "flashinfer" and self.dtype == "float32":
+            raise ConfigError(
+                "attention 'flashinfer' needs dtype bfloat16 or float16, got float32: leave it "
+                "out, or take sdpa."
+            )
+
     def _check_quantization(self) -> None:
         try:
             bits = self.bits
@@ -165,15 +195,10 @@ class EngineConfig:
             ) from None
         if bits == (0, 0):
             return
-        if self.device != "cpu":
+        if self.dtype == "float16" and self.device == "cpu":
             raise ConfigError(
-                f"quantization {self.quantization!r} runs on a CPU alone, and device is "
-                f"{self.device!r}: leave one of them out."
-            )
-        if self.dtype == "float16":
-            raise ConfigError(
-                f"quantization {self.quantization!r} goes with dtype bfloat16 or float32, got "
-                "float16."
+                f"quantization {self.quantization!r} goes with dtype bfloat16 or float32 on a CPU, "
+                "got float16."
             )
 
 

@@ -81,12 +81,14 @@ def test_every_third_party_import_is_a_dependency(pyproject: dict) -> None:
     names = {"huggingface-hub": "huggingface_hub", "pyyaml": "yaml", "pillow": "PIL"}
     names["prometheus-client"] = "prometheus_client"
     names["opentelemetry-sdk"] = "opentelemetry"
+    names["flashinfer-python"] = "flashinfer"
     declared = {
         names.get(name, name)
         for line in (
             *pyproject["project"]["dependencies"],
             *pyproject["project"]["optional-dependencies"]["train"],
             *pyproject["project"]["optional-dependencies"]["otel"],
+            *pyproject["project"]["optional-dependencies"]["gpu"],
         )
         if (name := re.split(r"[\[<>=!~]", line)[0].lower())
     }

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from fathom.attention.backend import Attend, RaggedBatch, SequenceRows
 from fathom.attention.blocks import NULL_BLOCK
+from fathom.attention.fixed import SdpaFixedPass
 from fathom.attention.pool import KVPool
 
 _MAX_GROUPED_ROWS = 16
@@ -82,6 +83,10 @@ class SdpaBackend:
             return out.reshape(len(q), -1)
 
         return attend
+
+    def fixed(self, num_rows: int, width: int, pool: KVPool, num_heads: int) -> SdpaFixedPass:
+        """See ``FixedBackend``."""
+        return SdpaFixedPass(num_rows, width, pool, num_heads)
 
 
 def _placed(batch: RaggedBatch) -> list[_Placed]:

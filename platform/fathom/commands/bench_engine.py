@@ -238,6 +238,7 @@ def _meta(args: argparse.Namespace, engine: Engine, num_prompts: int) -> dict[st
         "exit_depth": info.exit_depth,
         "exit_vocab": info.exit_vocab,
         "dtype": info.dtype,
+        "attention": info.attention,
         "threads": torch.get_num_threads(),
         "prompts": str(args.prompts.name) if args.prompts else "built-in",
         "num_prompts": num_prompts,

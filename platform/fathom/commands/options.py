@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from fathom.attention.names import ATTENTIONS
 from fathom.config import DEFAULT_MODEL, DTYPES, EngineConfig, FlushWhen
 from fathom.types import (
     AcceptMode,
@@ -59,6 +60,22 @@ def add_engine_options(parser: argparse.ArgumentParser, *, threads: bool = True)
         help="of the layers' weights: none (default), int8 or int4; of each stage: SHALLOW:DEEP",
     )
     group.add_argument("--device", help="torch device (default: cpu)")
+    group.add_argument(
+        "--attention",
+        choices=ATTENTIONS,
+        help="what computes attention (default: auto, the fastest of kernel, flashinfer and sdpa "
+        "that runs here)",
+    )
+    group.add_argument(
+        "--cuda-graphs",
+        action=argparse.BooleanOptionalAction,
+        help="on a GPU, capture passes of up to 128 rows (default: they are)",
+    )
+    group.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="let torch compile layers, where our own kernels do not run them (default: no)",
+    )
     if threads:
         group.add_argument("--threads", type=int, help="torch threads; 0: torch's own choice")
     group.add_argument(

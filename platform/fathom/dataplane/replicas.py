@@ -14,7 +14,7 @@ from fathom.dataplane.worker import DeepWorker
 from fathom.engine.build import adapter_of, engine_over, prepare, return_freed_memory
 from fathom.engine.costs import CostCurve, StageCosts
 from fathom.engine.engine import Engine
-from fathom.engine.measure import measure_deep, measure_shallow, new_stage
+from fathom.engine.measure import Running, measure_deep, measure_shallow, new_stage
 from fathom.engine.plan import SplitPlan, exit_layer_of, model_digest
 from fathom.engine.shared import SharedBlocks
 from fathom.kvstore.store import KVStore
@@ -120,8 +120,9 @@ def start_deep(
     return_freed_memory()
     lease = plan.num_blocks - 1
     rows = config.max_num_batched_tokens
-    costs = measure_deep(decoder, plan.exit_layer, config.block_size, rows)
-    stage = new_stage(decoder, layers, leases * lease + 1, config.block_size)
+    runs = Running.of(config)
+    costs = measure_deep(decoder, plan.exit_layer, config.block_size, rows, runs)
+    stage = new_stage(decoder, layers, leases * lease + 1, config.block_size, runs=runs)
     worker = DeepWorker(stage, rows)
     shared = SharedBlocks(store, stage.pool) if store is not None else None
     server = DeepServer(
@@ -181,8 +182,11 @@ def build_shallow(
     tokenizer = load_tokenizer(directory)
     return_freed_memory()
     size, rows = config.block_size, config.max_num_batched_tokens
-    shallow, shallow_full = measure_shallow(decoder, head, plan.exit_layer, size, rows, exit_layers)
-    stage = new_stage(decoder, (0, plan.exit_layer), plan.num_blocks, size, exit_layers)
+    runs = Running.of(config)
+    shallow, shallow_full = measure_shallow(
+        decoder, head, plan.exit_layer, size, rows, exit_layers, runs
+    )
+    stage = new_stage(decoder, (0, plan.exit_layer), plan.num_blocks, size, exit_layers, runs)
     deep = RemoteDeepStage.when_there(
         peers,
         hello_of(plan, plan.num_blocks - 1),

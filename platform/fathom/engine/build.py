@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
+from fathom.attention.choice import name_of
 from fathom.attention.paged_cache import PagedKVCache
 from fathom.config import EngineConfig
 from fathom.engine.costs import StageCosts
 from fathom.engine.deep import DeepStage, LocalDeepStage
 from fathom.engine.engine import Engine
-from fathom.engine.measure import measure_stage_costs, new_stage
+from fathom.engine.measure import Running, measure_stage_costs, new_stage
 from fathom.engine.plan import SplitPlan, exit_layer_of, model_digest
 from fathom.engine.prefixes import SharedPrefixes
 from fathom.engine.scheduler import Scheduler
@@ -111,10 +112,12 @@ def assemble(
     )
     exit_layers = load_exit_layers(decoder, adapter, config.bits.shallow) if adapter else None
     size, num_blocks = config.block_size, plan.num_blocks
-    shallow = new_stage(decoder, (0, exit_layer), num_blocks, size, exit_layers)
-    deep = new_stage(decoder, (exit_layer, decoder.config.num_layers), num_blocks, size)
+    runs = Running.of(config)
+    shallow = new_stage(decoder, (0, exit_layer), num_blocks, size, exit_layers, runs)
+    layers = (exit_layer, decoder.config.num_layers)
+    deep = new_stage(decoder, layers, num_blocks, size, runs=runs)
     costs = measure_stage_costs(
-        decoder, head, exit_layer, size, config.max_num_batched_tokens, exit_layers
+        decoder, head, exit_layer, size, config.max_num_batched_tokens, exit_layers, runs
     )
     shared = SharedBlocks(store, deep.pool) if store is not None else None
     local = LocalDeepStage(deep, PagedKVCache(num_blocks, size, deep.pool), shared)
@@ -157,7 +160,7 @@ def engine_over(
         )
     exit_vocab = plan.model.vocab_size if head.token_ids is None else len(head.token_ids)
     return Engine(
-        info=plan.info(exit_vocab),
+        info=plan.info(exit_vocab, name_of(shallow.backend)),
         shallow=ShallowStage(shallow, cache, head, ledger, policies, meta),
         policies=policies,
         deep=deep,

@@ -16,6 +16,7 @@ class EngineInfo:
             shallow stage's own exit layers included.
         exit_vocab: tokens that the exit head scores. num_blocks: KV blocks of each stage.
         block_size: tokens a block. quantization: as ``EngineConfig.quantization``.
+        attention: the backend that runs, out of ``fathom.attention.names.ATTENTIONS``.
     """
 
     model: str
@@ -33,6 +34,7 @@ class EngineInfo:
     num_blocks: int
     block_size: int
     quantization: str = "none"
+    attention: str = ""
 
     @property
     def exit_identity(self) -> str:

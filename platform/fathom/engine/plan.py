@@ -106,8 +106,12 @@ class SplitPlan:
             KeyRoot(digest, self.deep_adapter, k, last, dtype, salt),
         )
 
-    def info(self, exit_vocab: int) -> EngineInfo:
-        """What an engine of this plan tells of itself; ``exit_vocab`` tokens are scored."""
+    def info(self, exit_vocab: int, attention: str) -> EngineInfo:
+        """What an engine of this plan tells of itself.
+
+        Args:
+            exit_vocab: tokens that are scored. attention: the backend that runs.
+        """
         return EngineInfo(
             model=self.config.model,
             num_layers=self.model.num_layers,
@@ -120,6 +124,7 @@ class SplitPlan:
             max_model_len=self.max_model_len,
             dtype=self.config.dtype,
             quantization=self.config.bits.name,
+            attention=attention,
             eos_token_ids=self.model.eos_token_ids,
             weights_digest=self.weights_digest,
             num_blocks=self.num_blocks,

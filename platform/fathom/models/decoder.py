@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fathom.models.config import ModelConfig
-from fathom.models.linear import AnyLinear, padding_of, rms_norm
+from fathom.models.errors import ModelError
+from fathom.models.linear import AnyLinear, Linear, padding_of, rms_norm
 from fathom.models.rope import RotaryEmbedding, rotate_
+from fathom.models.rounded_linear import RoundedLinear
 
 Store = Callable[[int, Tensor], None]
 """``store(layer, kv)``: keeps keys and values, which are as in ``Attend``."""
@@ -90,9 +92,27 @@ class Decoder:
         self.norm = norm
         self.head = head
         self._eps = config.rms_norm_eps
+        # The two parts of a layer, before and after attention; ``compile`` replaces them.
+        self._before: Callable[[Layer, Tensor, Tensor, Tensor], Tensor] = self._qkv
+        self._after: Callable[[Layer, Tensor, Tensor], Tensor] = self._mlp
         self.rotary = RotaryEmbedding(
             config.rope_inv_freq, config.rope_attention_scaling, dtype, device
         )
+
+    def compile(self) -> None:
+        """Let torch compile what layers do before and after attention, at their first run.
+
+        Raises:
+            ModelError: for layers that our own kernels run: there is nothing to compile.
+        """
+        if any(not isinstance(layer.qkv, Linear | RoundedLinear) for layer in self.layers):
+            raise ModelError(
+                "compile: our own kernels run these layers, and are faster: leave it out, or set "
+                "FATHOM_KERNELS=off."
+            )
+        # Rows change from pass to pass: they must not be compiled in.
+        self._before = torch.compile(self._qkv, dynamic=True)
+        self._after = torch.compile(self._mlp, dynamic=True)
 
     @property
     def num_weights(self) -> int:
@@ -191,10 +211,14 @@ class Decoder:
     ) -> Tensor:
         """One layer; ``rows`` of the rows are the batch's, the rest padding."""
         layer, heads = self.layers[index - self.first], self.config.num_heads
-        qkv = self._qkv(layer, hidden, cos, sin)
+        qkv = self._before(layer, hidden, cos, sin)
         attended = attend(index, qkv[:rows, :heads], qkv[:rows, heads:])
         if rows < len(hidden):
             attended = F.pad(attended, (0, 0, 0, len(hidden) - rows))
+        return self._after(layer, attended, hidden)
+
+    def _mlp(self, layer: Layer, attended: Tensor, hidden: Tensor) -> Tensor:
+        """What follows attention: [rows, H * D] and the residual stream [rows, d] -> [rows, d]."""
         hidden = layer.output.added(attended, hidden)
         inner = layer.gate_up.normed_gated(hidden, layer.post_norm, self._eps)
         return layer.down.added(inner, hidden)

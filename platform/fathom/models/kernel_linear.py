@@ -13,6 +13,7 @@ from fathom.kernels.compiled import Weight, library, optional_library
 from fathom.models.errors import ModelError
 from fathom.models.linear import AnyLinear, Linear
 from fathom.models.quantized import GROUP, Rounded, round_weight
+from fathom.models.rounded_linear import RoundedLinear
 
 _COLUMNS = 32  # outputs of a block
 _LANES = 16  # outputs of a half block
@@ -139,10 +140,16 @@ def make_linear(
 ) -> AnyLinear:
     """A linear layer with weights of so many bits; 0 leaves them to torch, in their dtype.
 
+    Where our kernels do not run, on a GPU or without a compiler, torch runs few bits as well.
+
     Args:
         weight: [out, in]. bias: [out] or None. gated: see ``KernelLinear``.
     """
-    return KernelLinear(weight, bias, bits=bits, gated=gated) if bits else Linear(weight, bias)
+    if not bits:
+        return Linear(weight, bias)
+    if weight.device.type != "cpu" or optional_library() is None:
+        return RoundedLinear(weight, bias, bits=bits)
+    return KernelLinear(weight, bias, bits=bits, gated=gated)
 
 
 def _interleave(parts: Tensor) -> Tensor:

@@ -70,7 +70,8 @@ def padding_of(linear: AnyLinear, rows: int) -> int:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension of ``x``, with transformers' roundings."""
-    kernels = optional_library() if x.device.type == "cpu" and x.dim() == 2 else None
+    ours = x.device.type == "cpu" and x.dim() == 2 and not torch.compiler.is_compiling()
+    kernels = optional_library() if ours else None
     if kernels is not None and x.dtype in (torch.float32, torch.bfloat16) and x.stride(1) == 1:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         kernels.fathom_rms_norm(

@@ -111,7 +111,8 @@ def rotate_(heads: Tensor, cos: Tensor, signed_sin: Tensor) -> None:
     Args:
         heads: [rows, H, D]. cos, signed_sin: [rows, 1, D], from ``RotaryEmbedding``.
     """
-    kernels = optional_library() if heads.device.type == "cpu" else None
+    ours = heads.device.type == "cpu" and not torch.compiler.is_compiling()
+    kernels = optional_library() if ours else None
     if kernels is not None and heads.dtype in (torch.float32, torch.bfloat16):
         rows, count, dim = heads.shape
         kernels.fathom_rotate(
