@@ -49,8 +49,8 @@ __all__ = [
     "ServeConfig",
     "ShadowConfig",
     "Topology",
-    "from_mapping",
     "VllmConfig",
+    "from_mapping",
     "load_yaml",
 ]
 
@@ -282,6 +282,7 @@ class ServeConfig:
     shallow: PoolConfig = field(default_factory=PoolConfig)
     deep: DeepConfig = field(default_factory=DeepConfig)
     placement: Placement = Placement.SPREAD
+    vllm: VllmConfig = field(default_factory=VllmConfig)
     kv_store: KVStoreConfig = field(default_factory=KVStoreConfig)
     data_plane: DataPlaneConfig = field(default_factory=DataPlaneConfig)
     router: Router = Router.PREFIX
@@ -308,12 +309,13 @@ class ServeConfig:
     def max_requests(self) -> int:
         """Requests that one ingress takes at once."""
         total = self.serving.most * self.max_ongoing_requests + self.max_queued_requests
-    vllm: VllmConfig = field(default_factory=VllmConfig)
         return math.ceil(total / self.num_ingress_replicas)
 
     @property
     def store_shards(self) -> int:
         """Shards of the shared KV store; 0 for none."""
+        if self.topology is Topology.VLLM:
+            return 0
         if self.kv_store.shards >= 0:
             return self.kv_store.shards
         shared = self.topology is Topology.DISAGGREGATED or self.num_replicas > 1
@@ -340,8 +342,6 @@ class ServeConfig:
                 "num_ingress_replicas",
                 "num_replicas",
                 "cpus_per_replica",
-        if self.topology is Topology.VLLM:
-            return 0
                 "max_ongoing_requests",
                 "max_queued_requests",
                 "request_timeout_s",
@@ -359,6 +359,9 @@ class ServeConfig:
         self.routing.validate()
         self.load_aware.validate("load_aware.")
         self.shadow.validate("shadow.")
+        self.vllm.validate("vllm.")
+        if self.topology is Topology.VLLM:
+            self._check_full_depth()
         url = self.otlp_traces_endpoint
         if url and url != "env" and not url.startswith(("http://", "https://")):
             raise ConfigError(
@@ -370,9 +373,6 @@ class ServeConfig:
                 "deep.max_replicas must be 0 with placement: beside, where every shallow replica "
                 f"has a deep one of its own, got {self.deep.max_replicas}."
             )
-        self.vllm.validate("vllm.")
-        if self.topology is Topology.VLLM:
-            self._check_full_depth()
 
     def _check_full_depth(self) -> None:
         """Check that nothing is asked for that vLLM's replicas do not have.
