@@ -76,8 +76,8 @@ class EngineConfig:
             (torch's, everywhere), ``flashinfer`` (on an NVIDIA GPU); ``auto`` takes the fastest of
             kernel, flashinfer and sdpa that runs here.
         cuda_graphs: on a GPU, passes of up to 128 rows are captured and replayed.
-        compile: torch compiles what layers do around attention, at first use. Not where our own
-            kernels run them, which are faster.
+        compile: torch compiles what layers do around attention, at first use. For GPUs: on a CPU
+            our own kernels or oneDNN's run them, which it cannot compile (but for float16).
         threads: torch intra-op threads of this process; 0 leaves torch's setting.
         adapter: what was trained for early exits: ``auto`` (the default that ships for this
             model, else none), ``none`` (the model's own norm and LM head), the name of one that

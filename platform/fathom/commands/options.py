@@ -74,7 +74,7 @@ def add_engine_options(parser: argparse.ArgumentParser, *, threads: bool = True)
     group.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="let torch compile layers, where our own kernels do not run them (default: no)",
+        help="on a GPU, let torch compile what layers do around attention (default: no)",
     )
     if threads:
         group.add_argument("--threads", type=int, help="torch threads; 0: torch's own choice")

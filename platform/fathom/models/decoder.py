@@ -103,12 +103,16 @@ class Decoder:
         """Let torch compile what layers do before and after attention, at their first run.
 
         Raises:
-            ModelError: for layers that our own kernels run: there is nothing to compile.
+            ModelError: for layers that our own kernels run, or whose weights oneDNN has packed:
+                torch cannot compile them.
         """
-        if any(not isinstance(layer.qkv, Linear | RoundedLinear) for layer in self.layers):
+        if any(
+            layer.qkv.packed or not isinstance(layer.qkv, Linear | RoundedLinear)
+            for layer in self.layers
+        ):
             raise ModelError(
-                "compile: our own kernels run these layers, and are faster: leave it out, or set "
-                "FATHOM_KERNELS=off."
+                f"compile: on {self.device.type} with {str(self.dtype)[6:]}, our own kernels or "
+                "oneDNN's run these layers, which torch cannot compile: leave it out."
             )
         # Rows change from pass to pass: they must not be compiled in.
         self._before = torch.compile(self._qkv, dynamic=True)

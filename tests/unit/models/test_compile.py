@@ -50,5 +50,9 @@ def test_what_our_kernels_run_is_not_compiled(tmp_path: Path) -> None:
     decoder = load_decoder(tmp_path, dtype=torch.float32, layer_bits=[8] * 4)
     if not isinstance(decoder.layers[0].qkv, KernelLinear):
         pytest.skip("needs a C++ compiler")
-    with pytest.raises(ModelError, match="leave it out, or set FATHOM_KERNELS=off"):
+    with pytest.raises(ModelError, match=r"compile: on cpu with float32, .*: leave it out"):
         decoder.compile()
+    packed = load_decoder(tmp_path, dtype=torch.float32)
+    if packed.layers[0].qkv.packed:
+        with pytest.raises(ModelError, match="oneDNN's"):
+            packed.compile()
