@@ -88,7 +88,6 @@ class FathomConnector(KVConnectorBase_V1, SupportsHMA):
         )
         self._mover: KVMover | None = None
         self._lost: set[int] = set()
-        self._failed: set[str] = set()
         self._read: set[str] = set()
 
     @property
@@ -173,9 +172,7 @@ class FathomConnector(KVConnectorBase_V1, SupportsHMA):
         """See the base class: what the step needs is there on return."""
         for job in self._jobs().loads:
             lost = self._moving().load(job, self._client())
-            if lost:
-                self._failed.add(job.request)
-                self._lost |= lost
+            self._lost |= lost
             logger.debug(
                 "%d tokens of %s %s", job.stop - job.start, job.request, "lost" if lost else "found"
             )
@@ -191,15 +188,14 @@ class FathomConnector(KVConnectorBase_V1, SupportsHMA):
     def wait_for_save(self) -> None:
         """See the base class: copies what is due; the rest goes on behind it."""
         for job in self._jobs().saves:
-            # Steps scheduled before the failure was known compute from what is not there.
-            if job.request not in self._failed:
-                self._moving().save(job, self._client())
+            self._moving().save(job, self._client())
             if job.last:
                 self._read.add(job.request)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """See the base class."""
-        self._failed -= finished_req_ids
+        if self._mover is not None:
+            self._mover.finished(finished_req_ids)
         read, self._read = self._read, set()
         return read or None, None
 

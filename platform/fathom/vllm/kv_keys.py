@@ -101,6 +101,14 @@ class KVLayout:
         return self.plan.exit_layer
 
     @property
+    def num_unused(self) -> int:
+        """Layers behind those in every shallow block: an adapter's own, which the plain kind lacks.
+
+        An engine's pool has room for them in all blocks; in the plain kind nothing reads them.
+        """
+        return self.plan.exit_layers
+
+    @property
     def layer_shape(self) -> tuple[int, int, int]:
         """Of one layer in a block: [2 * num_kv_heads, block_size, head_dim], keys first."""
         model = self.plan.model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +66,7 @@ class KVMover:
         self._write = write
         self._size = block_size
         self.loaded = self.stored = self.dropped = 0
+        self._lost: dict[str, set[int]] = {}
         self._queued = 0
         self._lock = threading.Lock()  # of what is queued
         self._queue: queue.Queue[tuple[KVStore, _Copied] | None] = queue.Queue()
@@ -89,11 +90,24 @@ class KVMover:
         else:
             return set()
         first, last = job.start // self._size, -(-job.stop // self._size)
-        return set(job.blocks[first:last])
+        lost = self._lost[job.request] = set(job.blocks[first:last])
+        return lost
+
+    def finished(self, requests: Iterable[str]) -> None:
+        """These requests are over, and what their loads have lost does not matter any more."""
+        for request in requests:
+            self._lost.pop(request, None)
 
     def save(self, job: Save, store: KVStore | None) -> None:
-        """Read keys and values now; they go to the store in their own time."""
-        if store is None:
+        """Read keys and values now; they go to the store in their own time.
+
+        Not those of a request whose load failed, or of one that shares a block with it, while it is
+        under way: steps scheduled before vLLM knew of the failure compute from what is not there.
+        """
+        if store is None or any(
+            request == job.request or not lost.isdisjoint(job.blocks)
+            for request, lost in self._lost.items()
+        ):
             return
         size, first = self._layout.block_size, min(job.first)
         start, stop = first * size, len(job.deep) * size
@@ -164,7 +178,8 @@ class KVMover:
         job, k, size = copied.save, self._layout.num_shallow, self._layout.block_size
         first_deep, first_shallow = job.first
         # The shallow chain first: a deep block alone is of less use.
-        self._part(store, copied, job.shallow, first_shallow, copied.layers[:k])
+        unused = self._layout.num_unused
+        self._part(store, copied, job.shallow, first_shallow, copied.layers[:k], unused)
         self._part(store, copied, job.deep, first_deep, copied.layers[k:])
         self.stored += len(job.deep) - first_deep
         _log.debug("stored %d tokens of %s", (len(job.deep) - first_deep) * size, job.request)
@@ -176,11 +191,13 @@ class KVMover:
         keys: list[BlockKey],
         first: int,
         layers: Sequence[torch.Tensor],
+        unused: int = 0,
     ) -> None:
         if first >= len(keys):
             return
         size = self._layout.block_size
         start = copied.skip + (first - copied.first) * size
         stop = start + (len(keys) - first) * size
-        kv = torch.stack([self._packing.read(layer)[:, start:stop] for layer in layers])
-        store.publish(keys, to_blocks(kv, size))
+        read = [self._packing.read(layer)[:, start:stop] for layer in layers]
+        read += [torch.zeros_like(read[0])] * unused
+        store.publish(keys, to_blocks(torch.stack(read), size))

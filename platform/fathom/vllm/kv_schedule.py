@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from fathom.kvstore.keys import BlockKey
 from fathom.kvstore.store import Hits, KVStore
 from fathom.vllm.kv_keys import Chains, KVLayout
+
+_log = logging.getLogger(__name__)
 
 _BLOCKS_AT_ONCE = 8
 """Blocks of a growing answer that are stored together, as ``fathom.engine.prefixes`` does."""
@@ -90,6 +93,9 @@ class _Tracked:
     saved: tuple[int, int] = (0, 0)
 
 
+_NOTHING = Chains(None, None, None)
+
+
 class KVSchedule:
     """Follows requests through vLLM's scheduler.
 
@@ -126,7 +132,11 @@ class KVSchedule:
         tracked.computed = computed
         if tracked.found is None:
             limit = (len(tokens) - 1) // self._layout.block_size
-            tracked.found, tracked.usable = self._lookup(tracked, limit)
+            try:
+                tracked.found, tracked.usable = self._lookup(tracked, limit)
+            except Exception:  # vLLM's engine would end with it, and all requests
+                _log.exception("the KV store fails; prefixes are computed")
+                tracked.found, tracked.usable = _NOTHING, 0
         return max(0, tracked.usable * self._layout.block_size - computed)
 
     def allocated(self, request: str, blocks: Sequence[int], external: int) -> None:
@@ -177,7 +187,7 @@ class KVSchedule:
         """Hits in each chain among the first ``limit`` blocks, and how many are there whole."""
         store = self._store()
         if store is None or not limit:
-            return Chains(None, None, None), 0
+            return _NOTHING, 0
         self._extend(tracked, limit)
         keys = [chain[:limit] for chain in tracked.keys]
         deep = store.lookup(keys[0])

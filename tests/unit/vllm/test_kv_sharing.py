@@ -134,6 +134,130 @@ def test_what_is_lost_between_finding_and_loading_is_named(make_engine) -> None:
     assert all(bool((cache == 0).all()) for cache in replica.caches)
 
 
+def test_what_was_computed_after_a_loss_is_not_stored(make_engine) -> None:
+    """Neither by the request that lost blocks, nor by another that took them for its prefix."""
+    store = LocalStore()
+    engine = make_engine(store=store)
+    run_one(engine, request("a", PROMPT, FULL))
+    settle(store)
+    replica = Replica(layout_of(engine), store)
+    longer = [[*PROMPT, *range(start, start + 2 * BLOCK)] for start in (3, 13, 23)]
+    lost = replica.admit("a", longer[0], [5, 6, 7, 8])
+    sharing = replica.admit("b", longer[1], [5, 6, 7, 9], VLLM_BLOCK * 3)
+    other = replica.admit("c", longer[2], [1, 2, 3, 4])
+    store.lose_fetches = True
+    assert replica.mover.load(lost.loads[0], store) == {5, 6, 7, 8}
+    before = store.published
+    for save in (*lost.saves, *sharing.saves, *other.saves):
+        replica.mover.save(save, store)
+    replica.settle(2)
+    replica.mover.close()
+    assert (len(lost.saves), len(sharing.saves), replica.mover.stored) == (1, 1, 2)
+    assert store.published == before + 2 * 2  # of c, in both chains
+    assert replica.schedule.match("d", [*longer[2], 1], len(longer[2]), "", 0) > SHARED
+
+    replica = Replica(layout_of(engine), store)
+    replica.mover.load(lost.loads[0], store)
+    replica.mover.finished(["a"])
+    replica.mover.save(sharing.saves[0], store)
+    replica.settle(2)
+
+
+def test_a_preempted_request_asks_again_and_loads_into_its_new_blocks(make_engine) -> None:
+    store = LocalStore()
+    engine = make_engine(store=store)
+    replica = Replica(layout_of(engine), store)
+    tokens = list(PROMPT)
+    jobs = replica.admit("a", tokens, [0, 1, 2, 3])
+    assert not jobs.loads
+    replica.mover.save(jobs.saves[0], store)
+    replica.settle(len(PROMPT) // BLOCK)
+    tokens += [4, 5, 6]
+    whole = len(PROMPT) // BLOCK * BLOCK
+    assert replica.schedule.match("a", tokens, len(PROMPT), "", VLLM_BLOCK) == whole - VLLM_BLOCK
+    replica.schedule.allocated("a", [0, 9, 8, 7], whole - VLLM_BLOCK)
+    replica.schedule.computed("a", None, len(tokens))
+    jobs = replica.schedule.take()
+    (load,) = jobs.loads
+    assert (load.blocks, load.start, load.stop) == ([0, 9, 8, 7], VLLM_BLOCK, whole)
+    assert not jobs.saves
+
+
+def test_a_long_prompt_is_stored_chunk_by_chunk_and_a_cancelled_one_as_far_as_it_got(
+    make_engine,
+) -> None:
+    replica = Replica(layout_of(make_engine()), LocalStore())
+    replica.schedule.match("a", PROMPT, len(PROMPT), "", 0)
+    replica.schedule.allocated("a", [0, 1], 0)
+    stored = []
+    for computed, blocks in ((50, None), (100, [2, 3])):
+        replica.schedule.computed("a", blocks, computed)
+        (save,) = replica.schedule.take().saves
+        assert not save.last
+        stored.append((save.first[0], len(save.deep)))
+    assert stored == [(0, 6), (6, 12)]
+    # Nothing is left to be read, so nothing is waited for.
+    assert not replica.schedule.finished("a", 100)
+    # One that is cancelled before it has blocks is forgotten.
+    replica.schedule.match("b", PROMPT, len(PROMPT), "", 0)
+    assert not replica.schedule.finished("b", 0)
+    assert not replica.schedule._requests
+
+
+@pytest.mark.parametrize("count", [1, BLOCK - 1, BLOCK])
+def test_a_prompt_of_no_more_than_a_block_is_not_sought(make_engine, count: int) -> None:
+    replica = Replica(layout_of(make_engine()), LocalStore())
+    jobs = replica.admit("a", PROMPT[:count], [3])
+    assert not jobs.loads
+    assert len(jobs.saves) == count // BLOCK
+    assert not replica.schedule.finished("a", count)
+
+
+@pytest.mark.parametrize("vllm_block", [12, 20])
+def test_vllms_blocks_need_not_be_multiples_of_the_stores(
+    make_engine, monkeypatch: pytest.MonkeyPatch, vllm_block: int
+) -> None:
+    monkeypatch.setitem(globals(), "VLLM_BLOCK", vllm_block)
+    store, other = LocalStore(), LocalStore()
+    engine = make_engine(store=store)
+    expected = run_one(engine, request("a", PROMPT, FULL)).ids
+    settle(store)
+    replica, second = (Replica(layout_of(engine), each) for each in (store, other))
+    blocks = list(range(30, 30 - len(PROMPT) // vllm_block - 1, -1))
+    (load,) = replica.admit("a", PROMPT, blocks).loads
+    assert replica.mover.load(load, store) == set()
+    whole = replica.rows(blocks, SHARED)
+    # From the middle of a block of the store's on, nothing before it is touched.
+    (load,) = replica.admit("b", PROMPT, [0, *blocks[1:]], vllm_block).loads
+    assert replica.mover.load(load, store) == set()
+    assert torch.equal(replica.rows(blocks, SHARED), whole)
+    assert all(bool((cache[0] == 0).all()) for cache in replica.caches)
+    # Stored in two parts, the second from the middle of a block of vLLM's on.
+    for own, filled in zip(second.caches, replica.caches, strict=True):
+        own.copy_(filled)
+    second.schedule.match("a", PROMPT, len(PROMPT), "", 0)
+    second.schedule.allocated("a", blocks, 0)
+    for computed in (5 * BLOCK, SHARED):
+        second.schedule.computed("a", None, computed)
+        for save in second.schedule.take().saves:
+            second.mover.save(save, other)
+    second.settle(SHARED // BLOCK)
+    last = make_engine(store=other)
+    found = run_one(last, request("a", PROMPT, FULL))
+    assert (found.ids, found.last.usage.cached_tokens) == (expected, SHARED)
+
+
+def test_a_store_that_raises_is_a_miss(make_engine) -> None:
+    class Broken(LocalStore):
+        def lookup(self, keys):
+            raise RuntimeError("Ray is gone")
+
+    replica = Replica(layout_of(make_engine()), Broken())
+    jobs = replica.admit("a", PROMPT, [0, 1, 2, 3])
+    assert not jobs.loads
+    assert len(jobs.saves) == 1
+
+
 def test_an_answer_is_stored_as_it_grows_and_its_end_when_it_ends(make_engine) -> None:
     engine = make_engine()
     replica = Replica(layout_of(engine), LocalStore())
