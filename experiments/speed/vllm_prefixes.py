@@ -4,7 +4,8 @@
 
 PYTHON is an interpreter with vLLM 0.32 and this package installed. Fathom fills the store with some
 prompts and vLLM answers them; vLLM stores others and Fathom answers those. Beside each stands the
-same program without a store, on the same prompts, one request at a time, one thread.
+same program without a store, on the same prompts, one request at a time, one thread. ``--answers``
+does one way alone.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--prompts", type=int, default=5, help="of each kind")
     parser.add_argument("--tokens", type=int, default=1200, help="of a prompt")
+    parser.add_argument("--answers", choices=("vllm", "fathom", "both"), default="both")
     parser.add_argument("--json", help="file for all figures")
     args = parser.parse_args()
     ray.init(num_cpus=2, include_dashboard=False, namespace=NAMESPACE, log_to_driver=False)
@@ -55,62 +57,78 @@ def main() -> None:
     print("first tokens equal:", figures["equal"])
 
 
-def show(name: str, seconds: list[float]) -> list[float]:
-    """Print a row as soon as it is measured."""
+def show(figures: dict[str, list[float]], name: str, seconds: list[float]) -> None:
+    """Note a row, and print it as soon as it is measured."""
+    figures[name] = seconds
     shown = ", ".join(f"{1e3 * each:.0f}" for each in seconds)
     print(f"{name:44} {1e3 * statistics.median(seconds):6.0f} ms   ({shown})", flush=True)
-    return seconds
 
 
 def measure(args: argparse.Namespace, store: RayKVStore) -> dict[str, Any]:
     """Seconds to the first token of every prompt, by who answers and what is there."""
-    ours, theirs = prompts(args, 0), prompts(args, args.prompts)
+    figures: dict[str, Any] = {"seconds": {}, "equal": {}}
+    if args.answers in ("vllm", "both"):
+        vllm_answers(args, store, figures)
+    if args.answers in ("fathom", "both"):
+        fathom_answers(args, store, figures)
+    return figures
+
+
+def vllm_answers(args: argparse.Namespace, store: RayKVStore, figures: dict[str, Any]) -> None:
+    """Fathom has computed the prompts; others, nobody."""
+    ours, others = prompts(args, 0), prompts(args, 2)
     filler = engine_of(args, store)
-    full, exact = (ComputePolicy(mode=mode) for mode in (AcceptMode.FULL, AcceptMode.EXACT))
     for ids in ours:
-        ask(filler, ids, full)
+        ask(filler, ids, ComputePolicy(mode=AcceptMode.FULL))
     wait_for(store, ours)
     filler.close()
-
-    address = ray.get_runtime_context().gcs_address
-    connector = {"ray_address": address, "store": STORE, "model": args.model}
-    shared = vllm(args, [*ours, *theirs], connector)
-    wait_for(store, [*ours, *theirs])
-    n = len(ours)
-    seconds = {
-        "vLLM, prefix computed by Fathom": shared["seconds"][:n],
-        "vLLM, storing, nothing found": shared["seconds"][n:],
-    }
-    for name, found in seconds.items():
-        show(name, found)
+    shared = vllm(args, [*ours, *others], connector_of(args))
+    n, seconds = len(ours), figures["seconds"]
+    show(seconds, "vLLM, prefix computed by Fathom", shared["seconds"][:n])
+    show(seconds, "vLLM, storing, nothing found", shared["seconds"][n:])
+    figures["hits"] = shared["hits"]
     print("tokens that vLLM loaded:", shared["hits"], flush=True)
     alone = vllm(args, ours, None)
-    seconds["vLLM, no store"] = show("vLLM, no store", alone["seconds"])
+    show(seconds, "vLLM, no store", alone["seconds"])
+    figures["equal"]["vLLM"] = [
+        a == b for a, b in zip(alone["answers"], shared["answers"][:n], strict=True)
+    ]
+
+
+def fathom_answers(args: argparse.Namespace, store: RayKVStore, figures: dict[str, Any]) -> None:
+    """VLLM has computed the prompts."""
+    theirs, first = prompts(args, 1), prompts(args, 0)[0][:64]
+    vllm(args, theirs, connector_of(args))
+    wait_for(store, theirs)
     cold = engine_of(args, None)
-    firsts = []
-    for name, compute in (("full", full), ("exact", exact)):
-        warm = engine_of(args, store)
-        ask(cold, ours[0][:64], compute)
-        ask(warm, [each + 1 for each in ours[0][:64]], compute)
+    for mode in (AcceptMode.FULL, AcceptMode.EXACT):
+        compute, warm = ComputePolicy(mode=mode), engine_of(args, store)
+        ask(cold, first, compute)
+        ask(warm, first, compute)
+        tokens = []
         for kind, engine in (("no store", cold), ("prefix computed by vLLM", warm)):
             found = [ask(engine, ids, compute) for ids in theirs]
-            row = f"Fathom `{name}`, {kind}"
-            seconds[row] = show(row, [each for _, each in found])
-            firsts.append([token for token, _ in found])
+            row = f"Fathom `{mode.value}`, {kind}"
+            show(figures["seconds"], row, [each for _, each in found])
+            tokens.append([token for token, _ in found])
+        cached = warm.stats()["kv_store_hits"]
+        print(f"tokens that Fathom `{mode.value}` loaded: {cached} of {sum(map(len, theirs))}")
+        figures["equal"][f"Fathom {mode.value}"] = [a == b for a, b in zip(*tokens, strict=True)]
         warm.close()
-    equal = {
-        "vLLM": [a == b for a, b in zip(alone["answers"], shared["answers"][:n], strict=True)],
-        "Fathom": [firsts[0] == firsts[1], firsts[2] == firsts[3]],
-    }
-    return {"seconds": seconds, "hits": shared["hits"], "equal": equal}
 
 
-def prompts(args: argparse.Namespace, first: int) -> list[list[int]]:
-    """Token ids of texts that share no beginning."""
+def connector_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The connector's settings: vLLM is given a path, the engines the model's name."""
+    address = ray.get_runtime_context().gcs_address
+    return {"ray_address": address, "store": STORE, "model": args.model}
+
+
+def prompts(args: argparse.Namespace, kind: int) -> list[list[int]]:
+    """Token ids of texts that share no beginning, other ones for each kind."""
     tokenizer = load_tokenizer(resolve_model(args.model))
     text = "".join(path.read_text() for path in (ROOT / "README.md", ROOT / "BENCHMARKS.md"))
     ids = tokenizer.encode(text)
-    starts = range(first * 700, (first + args.prompts) * 700, 700)
+    starts = range(kind * args.prompts * 700, (kind + 1) * args.prompts * 700, 700)
     return [ids[start : start + args.tokens] for start in starts]
 
 
@@ -143,13 +161,15 @@ def ask(engine: Engine, ids: list[int], compute: ComputePolicy) -> tuple[int, fl
 
 
 def wait_for(store: RayKVStore, asked: list[list[int]]) -> None:
-    """Until the blocks of these prompts are in the store, in both stages' chains."""
+    """Until no more blocks come, and those of these prompts are there, in both stages' chains."""
     wanted = 2 * sum((len(ids) - 1) // 16 for ids in asked)
     deadline = time.monotonic() + 60
-    while store.stats().blocks < wanted:
+    blocks, before = store.stats().blocks, -1
+    while blocks < wanted or blocks > before:
         if time.monotonic() > deadline:
-            raise SystemExit(f"{store.stats().blocks} of {wanted} blocks are in the store")
-        time.sleep(0.2)
+            raise SystemExit(f"{blocks} blocks are in the store, {wanted} are wanted")
+        time.sleep(1)
+        blocks, before = store.stats().blocks, blocks
 
 
 def vllm(

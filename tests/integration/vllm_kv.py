@@ -2,10 +2,10 @@
 
     python vllm_kv.py SETTINGS
 
-SETTINGS is a JSON object: ``model``, ``dtype``, ``prompts`` (token ids), ``new_tokens``, and
-``connector`` (a ``kv_connector_extra_config``, or null). Writes one to standard output:
-``answers``, ``seconds`` until each one's first token, and ``hits``, tokens of each prompt that came
-from the connector.
+SETTINGS is a JSON object: ``model``, ``dtype``, ``prompts`` (token ids), ``new_tokens``,
+``connector`` (a ``kv_connector_extra_config``, or null) and ``options`` (other ones of vLLM's
+``LLM``). Writes one to standard output: ``answers``, ``seconds`` until each one's first token, and
+``hits``, tokens of each prompt that came from the connector.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ def main() -> None:
         kv_transfer_config=transfer,
         disable_log_stats=False,
         seed=0,
+        **settings.get("options", {}),
     )
 
     def ask(ids: list[int], tokens: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from fathom.kvstore.store import KVStore
 _log = logging.getLogger(__name__)
 
 RETRY_S = 30.0
+_OUTLIVE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 _clients: dict[tuple[str, str], StoreClient] = {}
 
 
@@ -80,6 +82,8 @@ def _find(address: str, name: str) -> KVStore:
     from fathom.kvstore.ray_store import NAMESPACE, RayKVStore, find_store
 
     if not ray.is_initialized():
+        # Ray ends a process whose cluster has been gone for a minute; vLLM's has to stay.
+        os.environ.setdefault(_OUTLIVE, str(10 * 365 * 24 * 3600))
         ray.init(
             address or "auto", namespace=NAMESPACE, log_to_driver=False, configure_logging=False
         )
