@@ -30,6 +30,7 @@ from fathom.api.auth import KEY_VARIABLE
 from fathom.compute import ComputePolicy
 from fathom.config import ConfigError, DeepConfig, EngineConfig, PoolConfig, ServeConfig, Topology
 from fathom.drills.client import StreamClient
+from fathom.tuning.live_figures import FULL, LiveFigures
 from fathom.tuning.live_parts import LivePart
 from fathom.tuning.objective import compute_of, with_first_threshold
 from fathom.tuning.ratios import replicas_of
@@ -86,7 +87,8 @@ class Applications:
             engine = engine_config(self.study, setting, source)
             config = serve_config(self.study, setting, engine)
             with _running(config, f"{self.name}{secrets.token_hex(4)}", self.url) as prefix:
-                _check(self.url + prefix, source, engine.adapter)
+                for identity in _identities(self.url + prefix):
+                    check_source(identity, source, engine.adapter)
                 figures = run_served(
                     StreamClient(self.url, key=_key(), tries=1),
                     part.prompts,
@@ -100,6 +102,58 @@ class Applications:
                 )
             found.append(LiveRun(part, source.costs, figures))
         return found
+
+    def run_vllm(self, parts: Sequence[LivePart]) -> list[LiveFigures]:
+        """See ``RunsBaseline.run_vllm``; all parts are asked of one application.
+
+        Raises:
+            ServerError: if vLLM does not start, with the reason.
+        """
+        source = parts[0].rows.source
+        config = vllm_config(self.study, source)
+        python = config.vllm.python
+        if python and not os.access(python, os.X_OK):  # Ray would try it until its time is over
+            raise ConfigError(f"live.vllm.python {python} is no program on the head node.")
+        with _running(config, f"{self.name}{secrets.token_hex(4)}", self.url) as prefix:
+            for own in _identities(self.url + prefix):
+                if own["weights_digest"] != source.weights_digest:
+                    raise ConfigError(
+                        f"vLLM has loaded other weights than the traces', weights_digest "
+                        f"{own['weights_digest']!r}, not {source.weights_digest!r}."
+                    )
+            return [
+                run_served(
+                    StreamClient(self.url, key=_key(), tries=1),
+                    part.prompts,
+                    FULL,
+                    model=_MODEL,
+                    prefix=prefix,
+                    exit_cost=source.exit_cost,
+                    new_tokens=self.study.live.new_tokens,
+                    at_once=config.engine.max_num_seqs,
+                    beside_full=False,
+                )
+                for part in parts
+            ]
+
+
+def vllm_config(study: Study, source: Source) -> ServeConfig:
+    """The application that finalists are compared with: one vLLM replica of all their cores."""
+    values = filled(study, {})
+    return ServeConfig(
+        engine=EngineConfig(
+            model=source.model,
+            dtype=source.dtype,
+            adapter="none",
+            **{name: values[name] for name in ("max_num_seqs", "max_num_batched_tokens")},
+        ),
+        model_name=_MODEL,
+        topology=Topology.VLLM,
+        cpus_per_replica=study.live.cpus,
+        vllm=study.live.vllm,
+        drain_s=1,
+        surge_percent=0,
+    )
 
 
 def serve_config(study: Study, setting: Mapping[str, Any], engine: EngineConfig) -> ServeConfig:
@@ -221,19 +275,15 @@ def _running(config: ServeConfig, name: str, url: str) -> Iterator[str]:
         _delete(name)
 
 
-def _check(url: str, source: Source, adapter: str) -> None:
-    """Check that what answers is the engine that was traced.
-
-    Raises:
-        ConfigError: see ``check_source``.
-    """
+def _identities(url: str) -> Iterator[dict[str, Any]]:
+    """The fields of ``rows.SAME`` of each engine that answers."""
     answer = httpx.get(f"{url}/v1/exits", headers=_headers(), timeout=_READY_S, trust_env=False)
     for replica in answer.raise_for_status().json()["replicas"]:
         # As ``EngineInfo.exit_identity`` puts them together, which is in the order of ``SAME``.
         values = replica["group"].split(" ")
         own: dict[str, Any] = dict(zip((name for name, _ in SAME), values, strict=True))
         own |= {name: int(own[name]) for name in ("exit_layer", "exit_vocab")}
-        check_source(own, source, adapter)
+        yield own
 
 
 def _key() -> str:

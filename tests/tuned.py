@@ -15,11 +15,14 @@ WORDS = (
 )  # fmt: skip
 
 
-def record(folder: Path, tokenizer: Path, *, prompts: int = 16, new_tokens: int = 24) -> Path:
+def record(
+    folder: Path, tokenizer: Path, *, prompts: int = 16, new_tokens: int = 24, **shape: int
+) -> Path:
     """Write ``p.jsonl`` and ``t.parquet`` of a random model whose exit is right now and then.
 
     Args:
         tokenizer: of a model over bytes (``tests.tiny_models.tiny_model``).
+        shape: fields of ``LlamaConfig`` that differ from ``tests.tiny_models.TINY``.
 
     Returns:
         the model.
@@ -27,6 +30,7 @@ def record(folder: Path, tokenizer: Path, *, prompts: int = 16, new_tokens: int 
     model = save_random_llama(
         folder / "model", seed=3, vocab_size=257, max_position_embeddings=160,
         initializer_range=0.08, tie_word_embeddings=True, eos_token_id=256, bos_token_id=None,
+        **shape,
     )  # fmt: skip
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer / name, model)

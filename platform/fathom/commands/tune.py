@@ -69,6 +69,8 @@ how many shallow and deep replicas? each trial starts an application on Ray Serv
   objectives: [throughput, tpot]
   space: {replica_ratio: ["1:1", "2:1", "1:2", fused], max_num_seqs: 8}   # requests under way
   searcher: grid
+  # live: {..., baseline: vllm, vllm: {python: /opt/vllm/bin/python}}   finalists beside vLLM on the
+  #   same cores, requests and dtype; its environment has Fathom and the same Ray; empty: this one
 A point's note has its ratio, and the options by which `fathom serve` runs the same.
 
 several exits in one study, each with a file of points of its own, in place of traces:
@@ -149,7 +151,10 @@ def run(args: argparse.Namespace) -> int:
         def verify(points: Mapping[str, OperatingPoints]) -> Sequence[Verified]:
             return [] if live is None else live.verify(runner, trials, points, args.parallel, runs)
 
-        report = _finish(study, traces, trials, out, verify)
+        def compare(verified: Sequence[Verified]) -> dict[str, Any] | None:
+            return None if live is None else live.baseline(runner, verified, runs)
+
+        report = _finish(study, traces, trials, out, verify, compare)
         report["seconds"] = round(time.perf_counter() - start, 3)
         drawn = draw_study(study, traces, trials, report["front"], work_dir / "figures")
         report["figures"] = [str(path) for path in drawn.files]
@@ -241,23 +246,27 @@ def _finish(
     trials: Sequence[Trial],
     out: Path,
     verify: Callable[[Mapping[str, OperatingPoints]], Sequence[Verified]],
+    compare: Callable[[Sequence[Verified]], dict[str, Any] | None],
 ) -> dict[str, Any]:
     """Write the front as operating points, if there is one; returns the report.
 
     Args:
         verify: runs finalists live. The points are written before, and again with what it found.
+        compare: runs what the finalists are compared with, where the study names something.
     """
     from fathom.tuning.study_points import front, front_rows, make_points, volume, with_live
 
     rows: list[dict[str, Any]] = []
     files: list[str] = []
     errors: list[dict[str, Any]] = []
+    baseline = None
     if front(study, trials):
         points = make_points(study, traces, trials)
         files = _save(points, out)
         if verified := verify(points):
             points = with_live(points, {each.point: each.measured() for each in verified})
             _save(points, out)
+            baseline = compare(verified)
         errors = [row for each in verified for row in each.errors()]
         rows = front_rows(study, trials, points)
     return {
@@ -267,6 +276,7 @@ def _finish(
         "front": rows,
         "points_files": files,
         "replay_error": errors,
+        "baseline": baseline,
     }
 
 

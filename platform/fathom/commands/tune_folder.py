@@ -33,12 +33,13 @@ def claim(work_dir: Path, study: Study, traces: Traces) -> None:
     if note.exists():
         there = _with_defaults(json.loads(note.read_text()), _plain(Study().as_dict()))
         free = {"finalists"} if study.runs_live else {"finalists", "live"}
-        differs = [name for name in own if name not in free and own[name] != there[name]]
+        ours, theirs = _of_trials(own), _of_trials(there)
+        differs = [name for name in ours if name not in free and ours[name] != theirs[name]]
         if differs:
             name = differs[0]
             raise UsageError(
-                f"{work_dir}: holds trials of a study whose {name} is {there[name]!r}, not "
-                f"{own[name]!r}: give another --work-dir, or delete this one."
+                f"{work_dir}: holds trials of a study whose {name} is {theirs[name]!r}, not "
+                f"{ours[name]!r}: give another --work-dir, or delete this one."
             )
     write_json(note, own)
 
@@ -54,6 +55,12 @@ def _with_defaults(there: Mapping[str, Any], defaults: Mapping[str, Any]) -> dic
     default_exit = _plain(asdict(Exit()))
     found["exits"] = {name: {**default_exit, **each} for name, each in found["exits"].items()}
     return found
+
+
+def _of_trials(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields without those of the baseline, which runs when the trials are over."""
+    live = {k: v for k, v in fields["live"].items() if k not in ("baseline", "vllm")}
+    return {**fields, "live": live}
 
 
 def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,15 +30,18 @@ class LiveRuns:
 
     Raises:
         UsageError: for prompts that cannot be read, or with their answers are too long.
-        ConfigError: for prompts that a trace was not recorded from.
+        ConfigError: for prompts that a trace was not recorded from, or a baseline that cannot run
+            what was traced.
         ModelError: for a model that is not to be had, or has no tokenizer.
     """
 
     def __init__(self, study: Study, folder: Path, traces: Traces, work_dir: Path) -> None:
         from fathom.tuning.live_parts import live_parts
+        from fathom.tuning.study_checks import check_baseline_source
 
         self.study = study.located(folder)
         self._folder = work_dir / "live"
+        check_baseline_source(study, traces.choose[0].source.quantization)
         files = _encode(study, folder, traces)
         self.parts = live_parts(study, files, traces.parts)
         self.held_out = live_parts(study, files, traces.held_out)
@@ -89,6 +92,24 @@ class LiveRuns:
                 parallel=parallel, on_done=on_done,
             )  # fmt: skip
 
+    def baseline(
+        self, runner: Runner, verified: Sequence[Verified], runs: StudyRuns | None
+    ) -> dict[str, Any] | None:
+        """Run what the finalists are compared with, if the study names it; see ``report_of``."""
+        from rich.console import Console
+
+        from fathom.tuning.baseline import NAME, RunsBaseline, measure, report_of
+
+        # Of served studies alone: ``check_evaluation``.
+        if self.study.live.baseline.value == "none" or not isinstance(runner, RunsBaseline):
+            return None
+        with Console(stderr=True).status(f"{self.study.name}: {NAME}"):
+            found = measure(runner, self.held_out, self._folder)
+        report = report_of(self.study, found, verified)
+        if runs is not None:
+            runs.add_baseline(report)
+        return report
+
 
 def _encode(study: Study, folder: Path, traces: Traces) -> list[list[Ids]]:
     """The prompts of each file of ``live.prompts``, as the traced model's tokens."""
@@ -133,4 +154,36 @@ def show_errors(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
             f"{own['tpot_ms']['live']:.2f}" if "tpot_ms" in own else "",
             f"{own['speedup']['live']:.2f}" if "speedup" in own else "",
         )  # fmt: skip
+    console.print(table)
+
+
+def show_baseline(console: Console, baseline: Mapping[str, Any]) -> None:
+    """A table of the baseline, and of each finalist with the mode ``full`` of its turns."""
+    from rich.table import Table
+
+    name = baseline["name"]
+    if "missing" in baseline:
+        console.print(f"{name}: not measured: {baseline['missing']}", highlight=False)
+        return
+
+    def text(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}"
+
+    table = Table(
+        title=f"{name}: {text(baseline['over_full'])} × the speed of our full; the same requests, "
+        f"{baseline['max_num_seqs']} at once, on {baseline['cpus']:g} cores",
+        title_justify="left",
+    )
+    for heading in ("point", "data"):
+        table.add_column(heading)
+    for heading in ("TPOT (ms)", "× vLLM's speed", "tokens/s", "× vLLM's"):
+        table.add_column(heading, justify="right")
+    for row in baseline["data"]:
+        table.add_row(
+            name, row["data"], text(row["tpot_ms"]), "1.00", text(row["tokens_per_s"]), "1.00"
+        )
+    for row in baseline["finalists"]:
+        for point, which in ((f"{row['point']}, full", "full_"), (row["point"], "")):
+            values = ("tpot_ms", "speedup", "tokens_per_s", "throughput_ratio")
+            table.add_row(point, row["data"], *(text(row[f"{which}{each}"]) for each in values))
     console.print(table)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fathom.commands.tune_live import show_errors
+from fathom.commands.tune_live import show_baseline, show_errors
 
 if TYPE_CHECKING:
     from fathom.tuning.study import Study
@@ -58,6 +58,8 @@ def show(study: Study, report: Mapping[str, Any]) -> int:
         console.print(f"no figure {name}: {reason}", highlight=False)
     if report["replay_error"]:
         show_errors(console, report["replay_error"])
+        if report["baseline"] is not None:
+            show_baseline(console, report["baseline"])
     elif study.finalists and not study.live.prompts:
         console.print("nothing ran live: live.prompts names the traces' prompts", highlight=False)
     for row in points if study.is_served else ():

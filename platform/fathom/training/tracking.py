@@ -104,6 +104,10 @@ class Tracker:
         if len(self._pending) >= _BATCH:
             self.flush()
 
+    def tag(self, name: str, value: str) -> None:
+        """Set a tag of the run."""
+        self._client.set_tag(self.run_id, name, value)
+
     def has(self, metric: str) -> bool:
         """Whether the run holds a metric of that name."""
         return metric in self._client.get_run(self.run_id).data.metrics

@@ -185,7 +185,7 @@ def _run_all(
         while waiting or running:
             while waiting and (not parallel or len(running) < parallel):
                 each = waiting.pop(0)
-                own = task.options(**_options(runner, each.setting))
+                own = task.options(**task_options(runner, each.setting))
                 running[own.remote(runner, each, shared)] = each
             ready, _ = ray.wait(list(running))
             each = running.pop(ready[0])
@@ -217,7 +217,7 @@ def full_figures(runner: Runner, parts: Sequence[LivePart], folder: Path) -> Fig
         threads = runner.study.space.dimensions()["threads"]
         most = max(threads.values or (int(threads.high),))
         check_cores(runner.resources({"threads": most})["CPU"])
-        task = ray.remote(run_full).options(**_options(runner, {}))
+        task = ray.remote(run_full).options(**task_options(runner, {}))
         try:
             found: Figures = ray.get(task.remote(runner, list(parts)))
         except ray.exceptions.RayError as error:
@@ -269,8 +269,8 @@ def check_cores(threads: float) -> None:
         )
 
 
-def _options(runner: Runner, setting: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a task of Ray's that runs a setting."""
+def task_options(runner: Runner, setting: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a task of Ray's that runs a setting."""
     own = dict(runner.resources(setting))
     return {"num_cpus": own.pop("CPU"), "resources": own, "max_retries": 0}
 

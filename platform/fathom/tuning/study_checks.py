@@ -19,6 +19,8 @@ def check_evaluation(study: Study) -> None:
         ConfigError: naming the field, its value and the remedy.
     """
     dimensions = study.space.dimensions()
+    if study.live.baseline.value != "none":
+        _check_baseline(study, dimensions)
     if not study.is_served:
         _check_single(dimensions, SERVED_ONLY, "an engine in one process", "served")
     if study.runs_live:
@@ -41,6 +43,41 @@ def _check_single(
                 f"space.{name} has several values, which {what} cannot tell apart: take "
                 f"evaluate: {remedy}, or one value."
             )
+
+
+def _check_baseline(study: Study, dimensions: Mapping[str, Dimension]) -> None:
+    what = f"live.baseline {study.live.baseline.value}"
+    if not study.is_served:
+        raise ConfigError(
+            f"{what} is an application, as trials are with evaluate: served alone, got evaluate: "
+            f"{study.evaluate.value}: take that, or leave the baseline out."
+        )
+    if not study.finalists:
+        raise ConfigError(f"finalists must be at least 1 with {what}, which they are beside.")
+    for name in ("max_num_seqs", "max_num_batched_tokens"):
+        if not dimensions[name].single:
+            raise ConfigError(
+                f"space.{name} must be one value with {what}, got {getattr(study.space, name)!r}: "
+                "both must have the same limits, and as many requests at once."
+            )
+    if study.live.vllm.gpus:
+        raise ConfigError(
+            f"live.vllm.gpus must be 0, got {study.live.vllm.gpus!r}: trials run on live.cpus."
+        )
+
+
+def check_baseline_source(study: Study, quantization: str) -> None:
+    """Check that the baseline can run what was traced.
+
+    Raises:
+        ConfigError: naming the field, its value and the remedy.
+    """
+    if study.live.baseline.value != "none" and quantization != "none":
+        raise ConfigError(
+            f"live.baseline {study.live.baseline.value} runs weights that are not quantized, and "
+            f"the traces are of quantization {quantization!r}: record them without, or leave the "
+            "baseline out."
+        )
 
 
 def _check_live(study: Study, dimensions: Mapping[str, Dimension]) -> None:

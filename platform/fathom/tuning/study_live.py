@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from fathom.settings import ConfigError, check_above_zero, check_at_least, from_mapping
+from fathom.vllm.settings import VllmConfig
 
 ONLY = ""
 """Name of the exit of a study that has but one."""
@@ -20,6 +21,13 @@ class Evaluation(StrEnum):
     REPLAY = "replay"  # on traces: thousands of settings a minute, dimensions of a request alone
     LIVE = "live"  # through the engine: dimensions of the engine too
     SERVED = "served"  # through an application on Ray Serve: its replicas too
+
+
+class Baseline(StrEnum):
+    """What finalists are compared with, beside mode ``full``."""
+
+    NONE = "none"
+    VLLM = "vllm"  # one replica of vLLM, at full depth
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +55,16 @@ class Live:
             ``evaluate: live`` and ``served``, trials take theirs from the others.
         new_tokens: most tokens of an answer.
         cpus: cores of a served application's replicas together, which each has an equal share of.
+        baseline: with ``evaluate: served``, what answers the finalists' requests too, on as many
+            cores. vllm: what vLLM needs for that, as in ``ServeConfig.vllm``.
     """
 
     prompts: tuple[str, ...] = ()
     requests: int = 16
     new_tokens: int = 64
     cpus: float = 2.0
+    baseline: Baseline = Baseline.NONE
+    vllm: VllmConfig = field(default_factory=VllmConfig)
 
     def check(self, traces: int) -> None:
         """Check every field.
@@ -70,6 +82,7 @@ class Live:
         check_above_zero(self, ("cpus",), "live.")
         if not self.cpus <= 4096:
             raise ConfigError(f"live.cpus must be at most 4096 cores, got {self.cpus!r}.")
+        self.vllm.validate("live.vllm.")
         if not _is_names(self.prompts):
             raise ConfigError(
                 f"live.prompts must be a list of files of `fathom generate --prompts`, got "

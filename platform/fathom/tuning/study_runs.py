@@ -6,7 +6,7 @@ import getpass
 import json
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -90,6 +90,17 @@ class StudyRuns:
                 figures[f"{part}.{at}"] = row[part]
         tags = {"fathom.trial": str(found.trial), "fathom.point": found.point}
         self._tracker.add_child(name, found.setting, figures, known, tags)
+
+    def add_baseline(self, baseline: Mapping[str, Any]) -> None:
+        """Note what the finalists were compared with; see ``fathom.tuning.baseline``."""
+        if "missing" in baseline:
+            self._tracker.tag("fathom.baseline", f"missing: {baseline['missing']}"[:1000])
+            return
+        self._tracker.tag("fathom.baseline", baseline["name"])
+        if not self._tracker.has("baseline_tokens_per_s"):
+            names = ("tpot_ms", "tokens_per_s")
+            figures = {f"baseline_{n}": baseline[n] for n in names if baseline[n] is not None}
+            self._tracker.log(0, figures)
 
     def finish(
         self, trials: Sequence[Trial], files: Sequence[Path], figures: Sequence[Path]

@@ -14,7 +14,7 @@ from fathom.commands.options import UsageError
 from fathom.commands.tune_folder import claim
 from fathom.tuning.space import Space
 from fathom.tuning.study import Study
-from fathom.tuning.study_live import Evaluation, Exit, Live
+from fathom.tuning.study_live import Baseline, Evaluation, Exit, Live
 from fathom.tuning.study_traces import Traces, read_traces
 from tests.traces import write_trace
 
@@ -80,6 +80,16 @@ def test_what_is_now_set_otherwise_than_by_default_is_refused(
     other = replace(STUDY, space=replace(STUDY.space, flush_rule="eager"))
     with pytest.raises(UsageError, match=r"a study whose space is .*'rate'.*, not .*'eager'"):
         claim(tmp_path, other, traces)
+
+
+def test_a_baseline_may_come_later(tmp_path: Path, traces: Traces) -> None:
+    study = replace(STUDY, evaluate=Evaluation.SERVED, live=Live(prompts=("p.jsonl",)))
+    claim(tmp_path, study, traces)
+    with_one = replace(study, live=replace(study.live, baseline=Baseline.VLLM))
+    claim(tmp_path, with_one, traces)
+    assert json.loads((tmp_path / "study.json").read_text())["live"]["baseline"] == "vllm"
+    with pytest.raises(UsageError, match="a study whose live is"):
+        claim(tmp_path, replace(with_one, live=replace(with_one.live, cpus=4)), traces)
 
 
 def test_another_study_is_refused(tmp_path: Path, traces: Traces) -> None:

@@ -8,6 +8,7 @@ import yaml
 
 from fathom.settings import ConfigError
 from fathom.tuning.study import Study, load_study
+from fathom.tuning.study_checks import check_baseline_source
 
 
 def write(folder: Path, **fields: Any) -> Path:
@@ -58,6 +59,41 @@ def test_errors_name_field_value_and_remedy(
     with pytest.raises(ConfigError) as caught:
         load_study(write(tmp_path, **fields))
     for word in ("mine.yaml", *words):
+        assert word in str(caught.value)
+
+
+SERVED: dict[str, Any] = {"evaluate": "served", "objectives": ["throughput"]}
+LIVE: dict[str, Any] = {"prompts": ["p.jsonl"], "baseline": "vllm"}
+
+
+def test_vllm_can_be_a_served_studys_baseline(tmp_path: Path) -> None:
+    live = {**LIVE, "vllm": {"python": "/opt/vllm/bin/python"}}
+    study = load_study(write(tmp_path, **SERVED, live=live))
+    assert study.live.vllm.python == "/opt/vllm/bin/python"
+    check_baseline_source(study, "none")
+    with pytest.raises(ConfigError, match=r"live.baseline vllm .* 'int8:int4': .* leave"):
+        check_baseline_source(study, "int8:int4")
+    check_baseline_source(load_study(write(tmp_path)), "int8")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"live": {"baseline": "tgi"}}, ["live.baseline", "none, vllm", "'tgi'"]),
+        ({"live": LIVE}, ["live.baseline vllm", "evaluate: served", "replay"]),
+        ({"live": LIVE, "evaluate": "live"}, ["live.baseline vllm", "evaluate: served", "live"]),
+        ({**SERVED, "live": {**LIVE, "vllm": {"python": "py"}}}, ["live.vllm.python", "'py'"]),
+        ({**SERVED, "live": {**LIVE, "vllm": {"gpus": 1}}}, ["live.vllm.gpus", "1", "cpus"]),
+        ({**SERVED, "live": {**LIVE, "vllm": {"pyton": ""}}}, ["live.vllm.pyton", "unknown"]),
+        ({**SERVED, "live": LIVE, "finalists": 0}, ["finalists", "at least 1"]),
+        ({**SERVED, "live": LIVE, "space": {"max_num_seqs": [4, 8]}},
+         ["space.max_num_seqs", "one value", "[4, 8]", "live.baseline vllm"]),
+    ],
+)  # fmt: skip
+def test_errors_of_a_baseline(tmp_path: Path, fields: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_study(write(tmp_path, **fields))
+    for word in words:
         assert word in str(caught.value)
 
 
