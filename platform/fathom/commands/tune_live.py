@@ -170,8 +170,8 @@ def show_baseline(console: Console, baseline: Mapping[str, Any]) -> None:
         return "" if value is None else f"{value:.2f}"
 
     table = Table(
-        title=f"{name}: {text(baseline['over_full'])} × the speed of our full; the same requests, "
-        f"{baseline['max_num_seqs']} at once, on {baseline['cpus']:g} cores",
+        title=f"{name}, has {text(baseline['over_full'])} × the speed of our full "
+        f"({baseline['max_num_seqs']} at once, {baseline['cpus']:g} cores)",
         title_justify="left",
     )
     for heading in ("point", "data"):

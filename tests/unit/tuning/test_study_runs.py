@@ -176,3 +176,23 @@ def test_git_is_told_where_it_knows_the_file(tmp_path: Path) -> None:
     assert len(clean["x.commit"]) == 40 and clean["x.dirty"] == "false"
     file.write_text("b")
     assert _git("x", file) == {**clean, "x.dirty": "true"}
+
+
+def test_a_baseline_is_noted_once_it_is_there(folder: Path, traces: Traces, tmp_path: Path) -> None:
+    def begun() -> StudyRuns:
+        return StudyRuns(STUDY, folder / "s.yaml", traces, tmp_path / "work", "")
+
+    figures: dict[str, Any] = {"name": "vLLM, full depth", "tpot_ms": 8.5, "tokens_per_s": 90.0}
+    with begun() as first:
+        first.add_baseline({"name": figures["name"], "missing": "no vLLM"})
+    (run,) = runs(tmp_path)
+    assert run.data.tags["fathom.baseline"] == "missing: no vLLM"
+    assert not run.data.metrics
+    for _ in range(2):
+        with begun() as again:
+            again.add_baseline(figures)
+    (run,) = runs(tmp_path)
+    assert run.data.tags["fathom.baseline"] == figures["name"]
+    assert run.data.metrics == {"baseline_tpot_ms": 8.5, "baseline_tokens_per_s": 90.0}
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'work' / 'mlflow.db'}")
+    assert len(client.get_metric_history(run.info.run_id, "baseline_tpot_ms")) == 1
