@@ -19,7 +19,9 @@ _clients: dict[tuple[str, str], StoreClient] = {}
 
 
 class StoreClient:
-    """Connects to Ray and finds the store's shards; as often as it takes, never in a request's way.
+    """Connects to Ray and finds the store's shards, never in a request's way.
+
+    Looks again every ``RETRY_S``: a store may come, go, and be started anew under its name.
 
     Args:
         address: of the Ray cluster, as in ``ray.init``; empty: the one of this machine, or the one
@@ -30,32 +32,38 @@ class StoreClient:
     def __init__(self, address: str, name: str) -> None:
         self._address = address
         self._name = name
+        self._shards: list[Any] = []
         self._store: KVStore | None = None
         self._tried_at = -RETRY_S
         self._lock = threading.Lock()
 
     def __call__(self) -> KVStore | None:
-        """The store, or None while it cannot be reached; then it is sought in the background."""
-        if self._store is None and time.monotonic() - self._tried_at > RETRY_S:
+        """The store as it was last found, or None."""
+        if time.monotonic() - self._tried_at > RETRY_S:
             self._tried_at = time.monotonic()
             threading.Thread(target=self.connect, name="fathom-vllm-ray", daemon=True).start()
         return self._store
 
     def connect(self) -> None:
         """Try once, now. What goes wrong is logged."""
-        with self._lock:
-            if self._store is not None:
-                return
+        if not self._lock.acquire(blocking=False):
+            return  # a try is under way; without a cluster it may take long
+        try:
             self._tried_at = time.monotonic()
-            try:
-                self._store = _find(self._address, self._name)
-            except Exception as error:  # Ray's errors of a cluster that is not there are many
-                _log.warning(
-                    "no KV store %r: %s; prefixes are not shared, next try in %.0f s",
-                    self._name,
-                    str(error).partition("\n")[0],
-                    RETRY_S,
-                )
+            shards = _find(self._address, self._name)
+        except Exception as error:  # Ray's errors of a cluster that is not there are many
+            self._shards, self._store = [], None
+            _log.warning(
+                "no KV store %r: %s; prefixes are not shared, next try in %.0f s",
+                self._name,
+                str(error).partition("\n")[0],
+                RETRY_S,
+            )
+        else:
+            if shards != self._shards:
+                self._shards, self._store = shards, _client(shards)
+        finally:
+            self._lock.release()
 
 
 def client_of(settings: Mapping[str, Any]) -> StoreClient:
@@ -76,10 +84,10 @@ def client_of(settings: Mapping[str, Any]) -> StoreClient:
     return _clients[key]
 
 
-def _find(address: str, name: str) -> KVStore:
+def _find(address: str, name: str) -> list[Any]:
     import ray
 
-    from fathom.kvstore.ray_store import NAMESPACE, RayKVStore, find_store
+    from fathom.kvstore.ray_store import NAMESPACE, find_store
 
     if not ray.is_initialized():
         # Ray ends a process whose cluster has been gone for a minute; vLLM's has to stay.
@@ -87,4 +95,10 @@ def _find(address: str, name: str) -> KVStore:
         ray.init(
             address or "auto", namespace=NAMESPACE, log_to_driver=False, configure_logging=False
         )
-    return RayKVStore(find_store(name))
+    return find_store(name)
+
+
+def _client(shards: list[Any]) -> KVStore:
+    from fathom.kvstore.ray_store import RayKVStore
+
+    return RayKVStore(shards)
