@@ -98,6 +98,14 @@ def run_vllm(model: str, prompts: list[list[int]], store: str | None) -> dict[st
     return found
 
 
+@pytest.fixture(scope="module")
+def alone(model: str, prompts: list[list[int]]) -> dict[str, Any]:
+    """What vLLM answers without a connector."""
+    found = run_vllm(model, prompts, None)
+    assert found["hits"] == [0, 0, 0, 0]
+    return found
+
+
 def engine_of(store: RayKVStore | None) -> Engine:
     config = EngineConfig(dtype=DTYPE, threads=1, kv_cache_bytes=1 << 28)
     return build_engine(config, store=store)
@@ -110,10 +118,9 @@ def until(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.2)
 
 
-def test_prefixes_go_both_ways(model: str, store: RayKVStore, prompts: list[list[int]]) -> None:
-    alone = run_vllm(model, prompts, None)
-    assert alone["hits"] == [0, 0, 0, 0]
-
+def test_prefixes_go_both_ways(
+    model: str, store: RayKVStore, prompts: list[list[int]], alone: dict[str, Any]
+) -> None:
     # Fathom fills the store with two of them: with a request that drafts, and one that does not.
     engine = engine_of(store)
     assert engine.info.exit_depth > engine.info.exit_layer
@@ -145,11 +152,12 @@ def test_prefixes_go_both_ways(model: str, store: RayKVStore, prompts: list[list
         fresh.check_integrity()
 
 
-def test_vllm_answers_without_a_store(model: str, server: object, prompts: list[list[int]]) -> None:
+def test_vllm_answers_without_a_store(
+    model: str, server: object, prompts: list[list[int]], alone: dict[str, Any]
+) -> None:
     """One that nobody has started."""
-    alone = run_vllm(model, prompts[:1], None)
     missing = run_vllm(model, prompts[:1], "nobody-started-this")
-    assert (missing["answers"], missing["hits"]) == (alone["answers"], [0])
+    assert (missing["answers"], missing["hits"]) == (alone["answers"][:1], [0])
 
 
 def asked(ids: list[int], mode: AcceptMode) -> Any:
