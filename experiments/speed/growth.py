@@ -4,7 +4,8 @@
 
 Mode `full`, answers of a fixed length. Sequences: 1 to 64 at a context of 128 tokens. Contexts: one
 sequence behind 128 to as many tokens as the model takes. Every point is run so many times, in turns
-with the others; medians. Decoding is what comes after each request's first token.
+with the others; medians. Decoding is what comes while all of them decode: after the last one's
+first token, before the first one's last.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,12 +21,11 @@ from pathlib import Path
 import psutil
 from tqdm import tqdm
 
-from fathom.bench.measure import FathomContender
 from fathom.commands.options import add_engine_options, engine_values
 from fathom.config import EngineConfig
 from fathom.engine.engine import Engine
 from fathom.tuning.plotting import BLUE, ORANGE, panels, save, style
-from fathom.types import AcceptMode, ComputePolicy
+from fathom.types import AcceptMode, ComputePolicy, Request, SamplingParams
 
 SEQUENCES = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192)
@@ -84,7 +85,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="default: 3")
-    parser.add_argument("--new-tokens", type=int, default=24, metavar="N", help="default: 24")
+    parser.add_argument("--new-tokens", type=int, default=48, metavar="N", help="default: 48")
     add_engine_options(parser)
     return parser.parse_args(arguments)
 
@@ -96,28 +97,39 @@ def _measure(engine: Engine, sequences: int, context: int, new_tokens: int) -> P
         tuple(ids[(97 * index + 31 * place + 5) % len(ids)] for place in range(context))
         for index in range(sequences)
     ]
-    contender = FathomContender(engine, ComputePolicy(mode=AcceptMode.FULL))
-    run = contender.run(prompts, sequences, new_tokens)
-    # Prompts are computed one after the other; the first of many answers end up behind them.
-    decode = run.seconds - max(run.ttft)
+    begin = time.perf_counter()
+    came = _token_times(engine, prompts, new_tokens)
+    # All of them decode from the last one's first token to the first one's last.
+    start, stop = max(each[0] for each in came), min(each[-1] for each in came)
+    tokens = sum(start < moment <= stop for each in came for moment in each)
     kv = engine.ledger.costs.kv_bytes * engine.info.num_layers
     return Point(
         sequences=sequences,
         context=context,
-        decode_tokens_per_s=_tokens_after(run.ttft, run.tpot, new_tokens) / decode,
-        ttft_ms=1e3 * max(run.ttft),
+        decode_tokens_per_s=tokens / (stop - start),
+        ttft_ms=1e3 * (start - begin),
         kv_mib=kv * sequences * (context + new_tokens) / (1 << 20),
         rss_mib=psutil.Process().memory_info().rss / (1 << 20),
     )
 
 
-def _tokens_after(ttft: Sequence[float], tpot: Sequence[float], new_tokens: int) -> float:
-    """Tokens that came once every request had its first one."""
-    last = max(ttft)
-    early = sum(
-        min(new_tokens - 1, (last - first) / pace) for first, pace in zip(ttft, tpot, strict=True)
-    )
-    return len(ttft) * (new_tokens - 1) - early
+def _token_times(
+    engine: Engine, prompts: Sequence[tuple[int, ...]], new_tokens: int
+) -> list[list[float]]:
+    """When each token of each answer came, in seconds of ``time.perf_counter``."""
+    for index, prompt in enumerate(prompts):
+        sampling = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
+        compute = ComputePolicy(mode=AcceptMode.FULL)
+        engine.add_request(
+            Request(
+                request_id=str(index), prompt_token_ids=prompt, sampling=sampling, compute=compute
+            )
+        )
+    came: list[list[float]] = [[] for _ in prompts]
+    while engine.has_work():
+        for output in engine.step():
+            came[int(output.request_id)] += [time.perf_counter()] * len(output.tokens)
+    return came
 
 
 def _median(points: Sequence[Point]) -> Point:

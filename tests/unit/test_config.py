@@ -97,7 +97,7 @@ def test_pools_are_nested_settings(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("topology: split", "topology must be one of fused, disaggregated, got 'split'"),
+        ("topology: split", "topology must be one of fused, disaggregated, vllm, got 'split'"),
         ("shallow: {num_replicas: 0}", "shallow.num_replicas must be above 0, got 0"),
         ("deep: {leases: -1}", "deep.leases must be at least 0, got -1"),
         ("deep: {max_replicas: 2, num_replicas: 3}", "deep.num_replicas must be from"),

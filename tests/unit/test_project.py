@@ -82,13 +82,12 @@ def test_every_third_party_import_is_a_dependency(pyproject: dict) -> None:
     names["prometheus-client"] = "prometheus_client"
     names["opentelemetry-sdk"] = "opentelemetry"
     names["flashinfer-python"] = "flashinfer"
+    extras = pyproject["project"]["optional-dependencies"]
     declared = {
         names.get(name, name)
         for line in (
             *pyproject["project"]["dependencies"],
-            *pyproject["project"]["optional-dependencies"]["train"],
-            *pyproject["project"]["optional-dependencies"]["otel"],
-            *pyproject["project"]["optional-dependencies"]["gpu"],
+            *(line for name in ("train", "otel", "gpu", "vllm") for line in extras[name]),
         )
         if (name := re.split(r"[\[<>=!~]", line)[0].lower())
     }

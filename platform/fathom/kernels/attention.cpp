@@ -6,10 +6,16 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "kernels.h"
 #include "numbers.h"
+
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#define FATHOM_BFLOAT16 1
+#endif
 
 namespace {
 
@@ -35,14 +41,71 @@ inline Floats load(const bfloat16* from) {
   return values;
 }
 
-inline float sum(Floats values) {
-  float parts[kLanes];
-  std::memcpy(parts, &values, sizeof parts);
-  float total = 0.0f;
-#pragma omp simd reduction(+ : total)
-  for (int i = 0; i < kLanes; ++i) total += parts[i];
-  return total;
+inline Floats add_pairs(Floats a, Floats b, Words first, Words second) {
+  return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, second);
 }
+
+// Lane i: the sum of vector i's lanes. Vectors are added in pairs, halves of which change places.
+inline Floats sums(Floats (&v)[kLanes]) {
+  for (int i = 0; i < 8; ++i)
+    v[i] = add_pairs(v[2 * i], v[2 * i + 1],
+                     Words{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30},
+                     Words{1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31});
+  for (int i = 0; i < 4; ++i)
+    v[i] = add_pairs(v[2 * i], v[2 * i + 1],
+                     Words{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29},
+                     Words{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31});
+  for (int i = 0; i < 2; ++i)
+    v[i] = add_pairs(v[2 * i], v[2 * i + 1],
+                     Words{0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27},
+                     Words{4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31});
+  return add_pairs(v[0], v[1], Words{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23},
+                   Words{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
+}
+
+// H query heads, to be multiplied with one key after the other: lanes of a product add up to it.
+template <typename T, int D, int H, typename = void>
+struct Queries {
+  Floats parts[H][D / kLanes];
+
+  explicit Queries(const T* q) {
+    for (int h = 0; h < H; ++h)
+      for (int i = 0; i < D / kLanes; ++i) parts[h][i] = load(q + h * D + i * kLanes);
+  }
+
+  void multiply(const T* key, Floats (&dots)[H]) const {
+    for (int i = 0; i < D / kLanes; ++i) {
+      const Floats part = load(key + i * kLanes);
+      for (int h = 0; h < H; ++h)
+        dots[h] = i == 0 ? parts[h][0] * part : dots[h] + parts[h][i] * part;
+    }
+  }
+};
+
+#if FATHOM_BFLOAT16
+
+// Products of pairs, added in single precision.
+template <int D, int H>
+struct Queries<bfloat16, D, H, std::enable_if_t<D % (2 * kLanes) == 0>> {
+  __m512bh parts[H][D / (2 * kLanes)];
+
+  explicit Queries(const bfloat16* q) {
+    for (int h = 0; h < H; ++h)
+      for (int i = 0; i < D / (2 * kLanes); ++i)
+        parts[h][i] = (__m512bh)_mm512_loadu_si512(q + h * D + i * 2 * kLanes);
+  }
+
+  void multiply(const bfloat16* key, Floats (&dots)[H]) const {
+    for (int h = 0; h < H; ++h) dots[h] = Floats{};
+    for (int i = 0; i < D / (2 * kLanes); ++i) {
+      const __m512bh part = (__m512bh)_mm512_loadu_si512(key + i * 2 * kLanes);
+      for (int h = 0; h < H; ++h)
+        dots[h] = (Floats)_mm512_dpbf16_ps((__m512)dots[h], parts[h][i], part);
+    }
+  }
+};
+
+#endif
 
 // One row of H query heads that share keys and values. D: head_dim, a multiple of 16.
 template <typename T, int D, int H>
@@ -50,27 +113,28 @@ void attend(const Pass& pass, const int32_t* table, int length, const T* keys, c
             const T* q, float scale, T* out, std::vector<float>& scratch) {
   constexpr int kParts = D / kLanes;
   const int size = pass.block_size;
-  scratch.resize(static_cast<size_t>(H) * length);
+  const int stride = (length + kLanes - 1) / kLanes * kLanes;
+  scratch.resize(static_cast<size_t>(H) * stride);
   float* scores = scratch.data();
-  Floats queries[H][kParts];
-  for (int h = 0; h < H; ++h)
-    for (int i = 0; i < kParts; ++i) queries[h][i] = load(q + h * D + i * kLanes) * scale;
-  for (int first = 0; first < length; first += size) {
-    const T* key = keys + static_cast<int64_t>(table[first / size]) * size * D;
-    const int stop = std::min(length, first + size);
-    for (int t = first; t < stop; ++t, key += D) {
-      Floats dots[H];
-      for (int i = 0; i < kParts; ++i) {
-        const Floats part = load(key + i * kLanes);
-        for (int h = 0; h < H; ++h)
-          dots[h] = i == 0 ? queries[h][0] * part : dots[h] + queries[h][i] * part;
-      }
-      for (int h = 0; h < H; ++h) scores[h * length + t] = sum(dots[h]);
+  const Queries<T, D, H> queries(q);
+  for (int first = 0; first < length; first += kLanes) {
+    Floats dots[H][kLanes];
+    const int count = std::min(kLanes, length - first);
+    for (int i = 0; i < kLanes; ++i) {
+      const int t = first + std::min(i, count - 1);  // the last one stands in for those past it
+      const int64_t slot = static_cast<int64_t>(table[t / size]) * size + t % size;
+      Floats own[H];
+      queries.multiply(keys + slot * D, own);
+      for (int h = 0; h < H; ++h) dots[h][i] = own[h];
+    }
+    for (int h = 0; h < H; ++h) {
+      const Floats own = sums(dots[h]) * scale;
+      std::memcpy(scores + h * stride + first, &own, sizeof own);
     }
   }
   float inverse[H];
   for (int h = 0; h < H; ++h) {
-    float* own = scores + h * length;
+    float* own = scores + h * stride;
     float largest = own[0];
 #pragma omp simd reduction(max : largest)
     for (int t = 0; t < length; ++t) largest = largest < own[t] ? own[t] : largest;
@@ -89,7 +153,7 @@ void attend(const Pass& pass, const int32_t* table, int length, const T* keys, c
     for (int t = first; t < stop; ++t, value += D)
       for (int i = 0; i < kParts; ++i) {
         const Floats part = load(value + i * kLanes);
-        for (int h = 0; h < H; ++h) acc[h][i] += scores[h * length + t] * part;
+        for (int h = 0; h < H; ++h) acc[h][i] += scores[h * stride + t] * part;
       }
   }
   for (int h = 0; h < H; ++h)
