@@ -102,7 +102,8 @@ def _trace(work: Path, count: int, new_tokens: int, engine: Mapping[str, Any]) -
         print(f"{trace}: is there already")
         return
     write_prompts(prompts, count)
-    batch = {"max_num_seqs": 16, **engine}
+    # One thread, as a replica of one core has: the trace keeps what passes cost.
+    batch = {"max_num_seqs": 16, "threads": 1, **engine}
     record_trace(prompts, trace, "--new-tokens", new_tokens, *_flags(batch))
 
 

@@ -30,7 +30,10 @@ def build_rows(
     dtype: str,
     threads: int,
 ) -> list[dict[str, Any]]:
-    """One row a contender and batch size that has a run; None where a figure has no meaning."""
+    """One row a contender and batch size that has a run; None where a figure has no meaning.
+
+    ``bytes_per_s`` and ``over_copy`` are for who knows the machine (``bench.roofline``) to fill in.
+    """
     rows = []
     for batch in batches:
         full = runs.get(("fathom", "full", batch), ())
@@ -51,6 +54,8 @@ def build_rows(
                 "ideal_speedup": None,
                 "measured_over_ideal": None,
                 "in_step_speedup": None,
+                "bytes_per_s": None,
+                "over_copy": None,
                 "requests": len(own[-1].token_ids),
                 "requests_differing_from_full": None,
                 "runs": [round(run.tokens_per_s, 3) for run in own],
@@ -130,6 +135,7 @@ _COLUMNS = (
     ("layers/tok", "layers_per_token", "{:.1f}"),
     ("rows/flush", "rows_per_flush", "{:.1f}"),
     ("GFLOP", "flops", "{:.0f}"),
+    ("of copy", "over_copy", "{:.2f}"),
     ("differ", "requests_differing_from_full", "{}"),
 )
 

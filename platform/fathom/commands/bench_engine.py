@@ -50,6 +50,8 @@ off. full and exact are lossless, rollback and free are lossy.
 tokens/s: all tokens over wall-clock time, prefill included; the median of the runs.
 x full: the median over rounds of this contender's rate over that of full in the same round.
 ideal: the speed-up that follows from the measured stage costs and the run's own exit rate.
+of copy: bytes of weights, keys and values that decoding in full touches a second, over those that a
+plain copy in memory reads and writes before and after the runs.
 
 """
 
@@ -168,8 +170,12 @@ def _measure(
     from fathom.bench.differences import explain_differences
     from fathom.bench.measure import Run, run_interleaved
     from fathom.bench.report import Key, build_rows, build_table, key_of
+    from fathom.bench.roofline import copy_bandwidth, fill_in
+    from fathom.models.bits import Bits
 
     meta = _meta(args, engine, len(prompts))
+    device = str(engine_values(args).get("device", EngineConfig.device))
+    copied = copy_bandwidth(device)
     results: dict[Key, list[Run]] = {}
     interrupted = False
     try:
@@ -190,6 +196,17 @@ def _measure(
         costs=engine.stage_costs,
         dtype=engine.info.dtype,
         threads=torch.get_num_threads(),
+    )
+    copied = (copied + copy_bandwidth(device)) / 2
+    meta["copy_bytes_per_s"] = copied
+    mean_prompt = sum(map(len, prompts)) / len(prompts)
+    fill_in(
+        rows,
+        engine.ledger.costs,
+        Bits.parse(engine.info.quantization),
+        getattr(torch, engine.info.dtype).itemsize,
+        context=mean_prompt + args.new_tokens / 2,
+        copied=copied,
     )
     for row in rows:
         exact, full = (

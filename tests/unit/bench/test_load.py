@@ -146,8 +146,9 @@ def test_an_answer_is_timed(scripted: tuple[Scripted, Target]) -> None:
     assert (found.prompt_tokens, found.compute["exit_rate"]) == (7, 0.5)
     # The opening that says who speaks is no token; the end without text brings no new one.
     assert found.ttft is not None and found.ttft >= 0.05
-    assert len(found.itl) == 1 and found.itl[0] >= 0.04
-    assert found.latency >= found.ttft + found.itl[0] + 0.04
+    # Sums: where this process is woken late, one time is longer and the next one shorter.
+    assert len(found.itl) == 1 and found.ttft + found.itl[0] >= 0.1
+    assert found.latency >= max(found.ttft + found.itl[0], 0.15)
     assert found.tpot == pytest.approx((found.latency - found.ttft) / 3)
 
 
