@@ -135,7 +135,7 @@ def test_unknown_setting_in_a_file_names_the_known_ones(
     (tmp_path / "bad.yaml").write_text("engine:\n  modell: x\n")
     result = fathom_here("serve", "--config", "bad.yaml")
     assert result.returncode == 2
-    assert "engine.modell: unknown setting; known: adapter, block_size" in result.stderr
+    assert "engine.modell: unknown setting; known: adapter, attention, block_size" in result.stderr
 
 
 @pytest.mark.parametrize(
