@@ -100,6 +100,7 @@ class Engine:
             draft_rules=self._rules.drafts,
             column_of=shallow.head.column_of,
         )
+        scheduler.begins_plain = self._begins_plain
         self._load: LoadShift | None = None
         self.shadow: ShadowLog | None = None
 
@@ -283,6 +284,11 @@ class Engine:
                 seq.waiting = True
             self._completions.report(seq)
 
+    def _begins_plain(self, seq: Sequence) -> bool:
+        if self._acceptance.listener is not None or not self._shallow.has_exit_layers:
+            return False
+        return self._rules.pauses_for(seq, len(self._scheduler.running))
+
     def _may_end(self, seq: Sequence, token: int) -> bool:
         length = len(seq.tokens) - seq.num_prompt
         return length >= seq.max_tokens or token in seq.stop_ids
@@ -397,6 +403,7 @@ class Engine:
                 continue
             self._scheduler.shallow_cache.fork(seq.seq_id, child.seq_id, length)
             self._deep.cache.fork(seq.seq_id, child.seq_id, length)
+            child.plain = seq.plain
             child.restart(length)
             child.cached_tokens = length
             child.shared_blocks = seq.shared_blocks

@@ -156,6 +156,7 @@ class SharedPrefixes:
             known = max((index + 1 for index in lacking if index < blocks), default=0) * size
             count = blocks * size
             seq.shallow_len = seq.exit_len = load.first + count
+            seq.never_drafts = seq.plain and seq.exit_len > 0
             seq.states = ExitStates(load.first + known)
             if count > known:
                 seq.states.append(load.states.rows[known:count])

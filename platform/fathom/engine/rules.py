@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 
 from fathom.engine.costs import StageCosts
-from fathom.engine.drafting import DraftRule, DraftRules
+from fathom.engine.drafting import DraftRule, DraftRules, is_scout, may_pause
 from fathom.engine.flush_rules import FlushRule, FlushWhen
 from fathom.engine.live_costs import LiveCosts, LiveCurve
 from fathom.engine.scheduler import ShallowWork
@@ -49,6 +49,14 @@ class Rules:
             return frozenset()
         modes = [seq.request.compute.mode for seq in running]
         return self.drafts.pauses(set(modes), len(modes))
+
+    def pauses_for(self, seq: Sequence, running: int) -> bool:
+        """Whether a sequence that begins beside so many others would not draft now."""
+        if self.drafts is None or not seq.request.compute.drafts:
+            return False
+        mode = seq.request.compute.mode
+        paused = mode in self.drafts.pauses((mode,), running + 1)
+        return paused and may_pause(seq) and not is_scout(seq) and seq.shadow is None
 
     def of(self, seq: Sequence) -> DraftRule | None:
         """The rule by which the sequence's mode drafts, if there is one."""

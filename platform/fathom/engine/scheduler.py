@@ -37,6 +37,7 @@ class Scheduler:
 
     Attributes:
         shared: blocks of other replicas, or None. Set by who builds the engine.
+        begins_plain: says of a sequence that begins whether it is ``plain``. Set by the engine.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Scheduler:
         self._prefix_caching = prefix_caching
         self._on_preempt = on_preempt
         self.shared: SharedPrefixes | None = None
+        self.begins_plain: Callable[[Sequence], bool] = lambda seq: False
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.prefix_queries = 0
@@ -144,7 +146,7 @@ class Scheduler:
         final = min(seq.shallow_len, seq.deep_len, seq.confirmed) // size
         if seq.request.compute.copies_states:  # copied keys and values are nobody else's
             final = min(final, seq.num_prompt // size)
-        if seq.request.compute.drafts:  # a block has all that its key promises
+        if seq.keyed_for_drafts:  # a block has all that its key promises
             final = min(final, seq.exit_len // size)
         self._extend_keys(seq)
         if final > seq.published_blocks:
@@ -204,6 +206,8 @@ class Scheduler:
 
     def _admit(self, seq: Sequence) -> bool:
         """Open a waiting sequence in both caches if its tokens fit now."""
+        if not seq.shallow_keys:  # else it has begun before
+            seq.plain = self.begins_plain(seq)
         limit, hits = self._reusable_blocks(seq)
         shallow_keys, deep_keys = seq.shallow_keys[:hits], seq.deep_keys[:hits]
         # One more block each, so that a sequence is not admitted only to be preempted at once.
@@ -256,7 +260,7 @@ class Scheduler:
     def _extend_keys(self, seq: Sequence) -> None:
         # Final tokens only: a draft that is cut would leave its key behind.
         request = seq.request
-        shallow_root, deep_root = self._roots(request.cache_salt, request.compute.drafts)
+        shallow_root, deep_root = self._roots(request.cache_salt, seq.keyed_for_drafts)
         final = seq.tokens[: seq.confirmed]
         extend_keys(seq.shallow_keys, shallow_root, final, self.shallow_cache.block_size)
         extend_keys(seq.deep_keys, deep_root, final, self._deep.block_size)

@@ -67,6 +67,8 @@ class Sequence:
             layers have not seen. Earlier ones are kept where the deep stage may be lost, or blocks
             are shared.
         never_drafts: the exit layers lag too far behind to catch up.
+        plain: it began while drafting paused. Its rows pass no exit layers until the pause is over,
+            and its blocks are those of requests that do not draft.
         pending: decisions that no flush has looked at; positions are >= deep_len.
         waiting: it needs the deep stage before it can go on.
         in_flight: its stack is away in a flush.
@@ -101,6 +103,7 @@ class Sequence:
     deep_ahead: int = 0
     exit_len: int = 0
     never_drafts: bool = False
+    plain: bool = False
     states: ExitStates = field(default_factory=ExitStates)
     pending: list[Decision] = field(default_factory=list)
     copied: list[int] = field(default_factory=list)
@@ -167,6 +170,11 @@ class Sequence:
         return min(self.deep_len, self.exit_len) if catches_up else self.deep_len
 
     @property
+    def keyed_for_drafts(self) -> bool:
+        """Whether its blocks have keys and values of the exit layers, too."""
+        return self.request.compute.drafts and not self.plain
+
+    @property
     def num_drafts(self) -> int:
         """Drafted tokens that no flush has looked at."""
         return sum(decision.token is not None for decision in self.pending)
@@ -211,6 +219,6 @@ class Sequence:
         """Go on from the first ``length`` positions, which have KV in both stages."""
         self.shallow_len = self.deep_len = self.exit_len = length
         self.deep_ahead = 0
-        self.never_drafts = False
+        self.never_drafts = self.plain and length > 0  # their exit layers' keys are nowhere
         self.published_blocks = self.shared_blocks = 0
         self.states = ExitStates(length)

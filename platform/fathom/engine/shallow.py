@@ -58,6 +58,11 @@ class ShallowStage:
         self.load: LoadShift | None = None
 
     @property
+    def has_exit_layers(self) -> bool:
+        """Whether drafting takes layers of its own."""
+        return self._stage.exit_layers is not None
+
+    @property
     def on_gpu(self) -> bool:
         """Whether its passes run on a GPU, which answers before they are over."""
         return self._stage.decoder.device.type == "cuda"
@@ -110,7 +115,8 @@ class ShallowStage:
         somebody compares, [rows, 2 * d] with the states one layer before behind.
 
         Every row of a sequence that drafts passes the exit layers, for later rows look back at it.
-        Rows that came in a pause pass them when it is over.
+        Rows that came in a pause pass them when it is over; prompts as well, where the sequence
+        began in it.
         """
         places = self._exit_rows(work, pause=pause)
         for seq, start, count in places:
@@ -152,7 +158,7 @@ class ShallowStage:
             answers = seq.shallow_len > seq.num_prompt and own == 1
             scouts = is_scout(seq) or seq.shadow is not None
             mode = seq.request.compute.mode
-            if mode in pause and answers and may_pause(seq) and not scouts:
+            if mode in pause and (answers or seq.plain) and may_pause(seq) and not scouts:
                 continue
             if lag <= spare:
                 places.append((seq, seq.exit_len, lag + own))

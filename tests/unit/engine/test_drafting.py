@@ -160,6 +160,50 @@ def test_blocks_of_a_pause_are_not_taken_for_drafting_ones(
     assert again.depths == fresh.depths  # its drafts are those of right keys
 
 
+def test_a_prompt_that_comes_in_a_pause_costs_what_it_costs_at_full_depth(
+    make_engine, exit_adapter: Adapter
+) -> None:
+    """Its rows pass no exit layers, and its blocks are found by the next one in the pause."""
+    engine = engine_with_dice(make_engine, 0, trained=exit_adapter)
+    rule = engine._rules.drafts.of(AcceptMode.EXACT)
+    rule.pause = lambda sequences: True
+    always = ComputePolicy(exit_threshold=0.0)
+    prompt = list(range(1, 18))
+    run(engine, [request("scout", [9], always)])
+    before = engine.ledger.total.flops
+    found = run(engine, [request("a", prompt, always)])["a", 0]
+    in_pause = engine.ledger.total.flops - before
+    full = make_engine(trained=exit_adapter)
+    wanted = run(full, [request("a", prompt, ComputePolicy(mode=AcceptMode.FULL))])["a", 0]
+    assert found.ids == wanted.ids
+    assert in_pause == full.ledger.total.flops
+    again = run(engine, [request("b", prompt, always)])["b", 0]
+    assert again.ids == wanted.ids
+    assert again.last.usage.cached_tokens > 0
+
+
+def test_a_sequence_that_began_in_a_pause_drafts_after_it(
+    make_engine, exit_adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the exit layers have missed is made up for, the prompt included."""
+    monkeypatch.setattr("fathom.engine.shallow.CATCH_UP_ROWS", 4)
+    engine = engine_with_dice(make_engine, 0, trained=exit_adapter)
+    rule = engine._rules.drafts.of(AcceptMode.EXACT)
+    rule.pause = lambda sequences: True
+    always = ComputePolicy(exit_threshold=0.0)
+    run(engine, [request("scout", [9], always)])
+    asked = request("a", list(range(1, 18)), always, max_tokens=40)
+    engine.add_request(asked)
+    for _ in range(6):
+        engine.step()
+    rule.pause = lambda sequences: False
+    found = drain(engine)["a", 0]
+    wanted = run(make_engine(trained=exit_adapter), [asked])["a", 0]
+    assert wanted.ids[-len(found.ids) :] == found.ids  # the first ones came before the drain
+    assert found.last.usage.compute.drafted > 0
+    engine.check_integrity()
+
+
 def test_a_seed_gives_the_same_draws_at_any_load(make_engine, exit_adapter: Adapter) -> None:
     engine = engine_with_dice(make_engine, 1, trained=exit_adapter)
     policy = ComputePolicy(exit_threshold=0.0)
