@@ -1,8 +1,6 @@
 """Decoding alone, for a profiler to look at: one batch at full depth, with the ledger's account.
 
     python -m experiments.speed.decode --batch 1 --new-tokens 400
-    py-spy record --native --rate 500 --format flamegraph -o decode.svg -- \\
-        python -m experiments.speed.decode --batch 1 --new-tokens 400
 
 `FATHOM_KERNELS=off` runs it on torch's kernels instead of ours. With --parts, Python's own profiler
 says what a step's milliseconds go to; it makes steps a little slower.
