@@ -23,7 +23,6 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
-from deployments.proxy import CALLBACK, CALLBACK_VARIABLE
 from deployments.shared import end
 from fathom.config import ConfigError, Placement, ServeConfig, Topology
 from fathom.models.classifier_config import read_config
@@ -162,7 +161,6 @@ def start_ray(cpus: int) -> None:
         ray.init(**common)
         return
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)  # Ray's processes inherit it
     umask = os.umask(0o077)
     try:
         ray.init(

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from typing import Any, TypeVar
 
+from grpc.aio import AioRpcError
 from ray.exceptions import (
     NodeDiedError,
     ObjectLostError,
     RayActorError,
     RayTaskError,
+    TaskCancelledError,
     WorkerCrashedError,
 )
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from deployments.watch import caller_name
+from deployments.watch import ActorWatch, own_name
 from fathom.api.backend import BackendUnavailable, ExitState, QueueFull, ReplicaReport
 from fathom.api.resume import GIVE_UP_S, ReplicaLost, resuming
 from fathom.types import InvalidRequest, Request, RequestOutput
@@ -48,19 +51,28 @@ class HandleBackend:
             and not by Serve: its ``broadcast`` waits for a free slot of each replica, so replicas
             that are full by Serve's count would fall silent in ``/metrics`` and ``/ready``.
         give_up_s: seconds after the loss of a replica in which no other goes on with a request.
+        is_alive: see ``ActorWatch``.
 
     Attributes:
         on_resumption: called when a request has gone on at another replica.
     """
 
     def __init__(
-        self, handle: DeploymentHandle, *, limit: int, give_up_s: float = GIVE_UP_S
+        self,
+        handle: DeploymentHandle,
+        *,
+        limit: int,
+        give_up_s: float = GIVE_UP_S,
+        is_alive: Callable[[str], bool] | None = None,
     ) -> None:
         self._handle = handle
         self._streaming: Any = handle.options(stream=True)
         self._limit = limit
         self._give_up_s = give_up_s
-        self._name = caller_name()
+        self._name = own_name()
+        self._replicas = ActorWatch(self._lose, is_alive=is_alive)
+        self._streams: dict[str, Any] = {}
+        self._lost: set[str] = set()
         self._live = 0
         self.on_resumption: Callable[[], None] = lambda: None
 
@@ -95,19 +107,38 @@ class HandleBackend:
             ReplicaLost: if the replica dies, cannot be reached, or has an engine that has stopped.
         """
         stream = None
+        name = request.request_id
         ended = False
         try:
-            stream = self._streaming.generate.remote(request, caller=self._name)
-            async for item in stream:
-                if isinstance(item, InvalidRequest):
-                    ended = True
-                    raise item
-                yield item
+            with ExitStack() as watched:
+                stream = self._streaming.generate.remote(request, caller=self._name)
+                async for item in stream:
+                    if isinstance(item, str):  # the replica's name, which comes first
+                        self._streams[name] = stream
+                        watched.enter_context(self._replicas.depending(item, name))
+                        continue
+                    if isinstance(item, InvalidRequest):
+                        ended = True
+                        raise item
+                    yield item
             ended = True
         except LOSSES as error:
             # Also a replica that is only out of reach is told to stop, below.
             reason = str(error).partition("\n")[0].rstrip(".")
             raise ReplicaLost(reason or type(error).__name__) from error
+        except AioRpcError as error:  # over gRPC: a connection that broke, or was closed
+            reason = f"{error.code().name.lower()}: {error.details()}"
+            raise ReplicaLost(reason.partition("\n")[0].rstrip(".")) from error
+        except TaskCancelledError as error:
+            if name not in self._lost:
+                raise
+            raise ReplicaLost("Ray has given the replica up") from error
+        except asyncio.CancelledError as error:
+            here = asyncio.current_task()
+            if here and here.cancelling():
+                raise
+            # Over gRPC a call that is cancelled here or there raises this, whoever asks for news.
+            raise ReplicaLost("the call was cancelled") from error
         except RayTaskError as error:
             ended = True
             # Ray's wrapper would show the replica's traceback as the message.
@@ -115,10 +146,19 @@ class HandleBackend:
                 raise ReplicaLost(str(error.cause).rstrip(".")) from error.cause
             raise
         finally:
+            self._streams.pop(name, None)
+            self._lost.discard(name)
             # Serve cancels the calls of a request whose client went away, but not the ones of a
             # generator that is merely closed (an error elsewhere, a deadline).
             if stream is not None and not ended:
                 stream.cancel()
+
+    async def _lose(self, name: str) -> None:
+        """End the stream of a request whose replica is dead, though its connection may be open."""
+        stream = self._streams.get(name)
+        if stream is not None:
+            self._lost.add(name)
+            stream.cancel()
 
     async def reports(self) -> Sequence[ReplicaReport]:
         """See ``Backend.reports``: asks every replica, and leaves out those that do not answer."""

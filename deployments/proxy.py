@@ -2,9 +2,8 @@
 
 The application checks them too, but Serve's proxy answers some paths (``/-/routes``,
 ``/-/healthz``) by itself, and fails on an ``X-Request-Id`` that it cannot read. Serve asks the
-function that ``CALLBACK_VARIABLE`` names for middlewares. It must be set where Ray starts its
-processes: ``start_ray`` sets it, and the operator of a cluster sets it on every node, with
-``FATHOM_API_KEY``.
+function that one of ``deployments.SERVE_ENVIRONMENT`` names for middlewares; the operator of a
+cluster sets it on every node, with ``FATHOM_API_KEY``.
 """
 
 from __future__ import annotations
@@ -13,9 +12,6 @@ from starlette.middleware import Middleware
 
 from fathom.api.auth import KeyMiddleware, digests_from_env
 from fathom.api.caller import RequestIdMiddleware
-
-CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-CALLBACK = "deployments.proxy.middlewares"
 
 
 def middlewares() -> list[Middleware]:

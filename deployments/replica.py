@@ -18,7 +18,7 @@ from deployments.autoscaling import REQUESTS
 from deployments.policies import PolicyExchange
 from deployments.shadow import ShadowReporter
 from deployments.shared import end_if_deleted, open_store
-from deployments.watch import CallerWatch
+from deployments.watch import ActorWatch, own_name
 from fathom.api.backend import ExitState, ReplicaReport
 from fathom.api.local import LocalBackend
 from fathom.api.promotion import promoted_of
@@ -86,19 +86,22 @@ class Replica:
         self._application: str = context.app_name
         self._name: str = context.replica_id.unique_id
         self._engine = engine
-        self._callers = CallerWatch(engine.cancel)
+        self._callers = ActorWatch(engine.cancel)
         self._backend = LocalBackend(engine, name=self._name, interval_s=config.stream_interval_s)
 
     async def generate(
         self, request: Request, caller: str = ""
-    ) -> AsyncGenerator[list[RequestOutput] | InvalidRequest, None]:
+    ) -> AsyncGenerator[str | list[RequestOutput] | InvalidRequest, None]:
         """Run a request; see ``Backend.generate``. It ends when ``caller`` dies (``watch``).
 
+        A caller that gave its name gets this replica's as the first item, to watch it in turn.
         An invalid request is an item, not an exception: Serve logs exceptions with their
         traceback as a replica's failure, and this one is the caller's.
         """
+        if caller:
+            yield own_name()
         try:
-            with self._callers.serving(caller, request.request_id):
+            with self._callers.depending(caller, request.request_id):
                 async with aclosing(self._backend.generate(request)) as batches:
                     async for batch in batches:
                         yield batch

@@ -1,11 +1,13 @@
-"""Ending the requests of callers that have died.
+"""Ending the requests that hang on a process that has died.
 
 Ray tells a replica nothing when the process that called it is killed: its generator runs on to the
 end, as if somebody were reading (seen with Ray 2.60: of 400 items, one every 20 ms, the replica
 made all 400 after its caller got SIGKILL at the 100th). The request would hold its place and its KV
-blocks. So every call names its caller, and a replica asks Ray once a second whether the callers
-that it works for are alive. Ray forgets a named actor within milliseconds of its process's end, and
-of its node's as soon as the health check (``RAY_health_check_*``) has given the node up.
+blocks. And where calls go over gRPC, a caller learns nothing of a machine that is gone without a
+word: its connection stays open. So a call names its caller, the answer names its replica, and each
+side asks Ray once a second whether those that it works with are alive. Ray forgets a named actor
+within milliseconds of its process's end, and of its node's as soon as the health check
+(``RAY_health_check_*``) has given the node up.
 """
 
 from __future__ import annotations
@@ -27,18 +29,18 @@ _SURE_AFTER = 2
 """Times in a row that a caller must be missing: one answer may come from a cluster in trouble."""
 
 
-def caller_name() -> str:
-    """The name by which replicas know this process; empty outside of a Serve replica."""
+def own_name() -> str:
+    """The name by which others know this process; empty outside of a Serve replica."""
     name: str | None = ray.get_runtime_context().get_actor_name()
     return name or ""
 
 
-class CallerWatch:
-    """Watches the callers of the requests under way. Belongs to one event loop.
+class ActorWatch:
+    """Watches the actors that the requests under way hang on. Belongs to one event loop.
 
     Args:
         cancel: ends a request by its id.
-        is_alive: whether a caller is, by its name; blocks, and raises if that cannot be told.
+        is_alive: whether an actor is, by its name; blocks, and raises if that cannot be told.
     """
 
     def __init__(
@@ -56,43 +58,43 @@ class CallerWatch:
         self._task: asyncio.Task[None] | None = None
 
     @contextmanager
-    def serving(self, caller: str, request_id: str) -> Iterator[None]:
-        """A request is under way for a caller; one without a name is not watched."""
-        if not caller:
+    def depending(self, actor: str, request_id: str) -> Iterator[None]:
+        """A request hangs on an actor; one without a name is not watched."""
+        if not actor:
             yield
             return
-        self._requests.setdefault(caller, set()).add(request_id)
+        self._requests.setdefault(actor, set()).add(request_id)
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._watch())
         try:
             yield
         finally:
-            own = self._requests.get(caller, set())
+            own = self._requests.get(actor, set())
             own.discard(request_id)
             if not own:
-                self._requests.pop(caller, None)
-                self._missing.pop(caller, None)
+                self._requests.pop(actor, None)
+                self._missing.pop(actor, None)
 
     async def _watch(self) -> None:
-        """Look after the callers as long as there are any."""
+        """Look after the actors as long as there are any."""
         while self._requests:
             await asyncio.sleep(self._period_s)
-            for caller in list(self._requests):
+            for actor in list(self._requests):
                 try:
-                    alive = await asyncio.to_thread(self._is_alive, caller)
+                    alive = await asyncio.to_thread(self._is_alive, actor)
                 except Exception:  # the cluster's head does not answer, which says nothing of it
                     continue
                 if alive:
-                    self._missing.pop(caller, None)
+                    self._missing.pop(actor, None)
                     continue
-                self._missing[caller] = self._missing.get(caller, 0) + 1
-                if self._missing[caller] >= _SURE_AFTER:
-                    await self._end(caller)
+                self._missing[actor] = self._missing.get(actor, 0) + 1
+                if self._missing[actor] >= _SURE_AFTER:
+                    await self._end(actor)
 
-    async def _end(self, caller: str) -> None:
-        self._missing.pop(caller, None)
-        orphans = list(self._requests.pop(caller, ()))
-        logger.warning("Caller %s has died; its %d requests end.", caller, len(orphans))
+    async def _end(self, actor: str) -> None:
+        self._missing.pop(actor, None)
+        orphans = list(self._requests.pop(actor, ()))
+        logger.warning("%s has died; its %d requests here end.", actor, len(orphans))
         for request_id in orphans:
             try:
                 await self._cancel(request_id)

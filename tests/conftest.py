@@ -15,6 +15,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hypothesis
 import pytest
 
+import deployments  # noqa: F401  sets what Serve reads when it is imported
+
 # Time limits of single examples fail on a busy machine and say nothing about the code.
 hypothesis.settings.register_profile("fathom", deadline=None, print_blob=True)
 hypothesis.settings.register_profile(

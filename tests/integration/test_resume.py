@@ -18,8 +18,9 @@ import pytest
 import ray
 from ray import serve
 
+from deployments.handle_backend import HandleBackend
 from fathom.api.backend import ReplicaReport
-from fathom.types import AcceptMode
+from fathom.types import AcceptMode, Request, SamplingParams
 from tests.ray_fixtures import TestServer
 from tests.tiny_models import save_random_llama, tiny_model
 
@@ -186,6 +187,57 @@ def test_streams_outlive_their_replica(again: TestServer) -> None:
             assert reader.usage["completion_tokens"] == sum(len(depths) for _, depths, _ in story)
     assert again.metrics()["fathom_request_resumptions_total"] >= len(asked) + 1
     until(idle, 20)
+
+
+@ray.remote(num_cpus=0)
+class Asker:
+    """Asks the replicas as an ingress does, and is told by the test which of them are dead."""
+
+    def __init__(self) -> None:
+        handle = serve.get_deployment_handle("Engine", "again")
+        self._dead: set[str] = set()
+        self._backend = HandleBackend(
+            handle, limit=1, is_alive=lambda name: name.removeprefix(REPLICAS) not in self._dead
+        )
+        self._tokens: list[int] = []
+
+    async def run(self, request: Request) -> tuple[list[int], int]:
+        """Tokens, and how often the request went on elsewhere."""
+        self._tokens, resumptions = [], 0
+        async for batch in self._backend.generate(request):
+            for output in batch:
+                self._tokens += [token.id for token in output.tokens]
+                if output.usage is not None:
+                    resumptions = output.usage.compute.resumptions
+        return self._tokens, resumptions
+
+    async def so_far(self) -> int:
+        return len(self._tokens)
+
+    async def declare_dead(self, replica: str) -> None:
+        self._dead.add(replica)
+
+
+def test_a_replica_that_is_gone_without_a_word(again: TestServer) -> None:
+    """Its connections stay open, as when a machine loses its power: only Ray knows."""
+    until(lambda: len(reports()) == 2, 120)
+    request = Request(
+        request_id="silence",
+        prompt_token_ids=(1, 2, 3),
+        sampling=SamplingParams(temperature=0, max_tokens=2000, ignore_eos=True),
+    )
+    asker = Asker.options(name="asker", namespace="serve").remote()
+    undisturbed, _ = ray.get(asker.run.remote(request), timeout=60)
+    asked = asker.run.remote(request)
+    until(lambda: 5 < ray.get(asker.so_far.remote()) < 1000)
+    name = busiest().replica
+    pid = pids_of(REPLICAS)[name]
+    os.kill(pid, signal.SIGSTOP)
+    ray.get(asker.declare_dead.remote(name))
+    try:
+        assert ray.get(asked, timeout=30) == (undisturbed, 1)
+    finally:
+        os.kill(pid, signal.SIGKILL)
 
 
 def test_requests_of_a_dead_ingress_end(again: TestServer) -> None:

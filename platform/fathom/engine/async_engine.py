@@ -17,6 +17,9 @@ from fathom.engine.info import EngineInfo
 from fathom.exits.load import LadderPoints
 from fathom.types import ComputePolicy, Request, RequestOutput
 
+_News = list[tuple[asyncio.Queue[Any], Any]]
+"""Items, each with the queue that it is for."""
+
 
 class EngineDead(RuntimeError):
     """The engine's thread ended by an error; the process should be replaced."""
@@ -188,8 +191,7 @@ class AsyncEngine:
                     command()
                 outputs = self._engine.step() if self._engine.has_work() else []
                 self._stats = self._engine.stats()
-                for output in outputs:
-                    self._deliver(output)
+                self._deliver(outputs)
             self._fail_all(RuntimeError("shut down"), commands)
         except BaseException as error:
             self._death = error
@@ -199,28 +201,38 @@ class AsyncEngine:
         finally:
             self._engine.close()
 
-    def _deliver(self, output: RequestOutput) -> None:
-        stream = self._streams.get(output.request_id)
-        if stream is None:
-            return
-        loop, queue, left = stream
-        if output.finish_reason is not None:
-            left -= 1
-            if left:
-                self._streams[output.request_id] = (loop, queue, left)
-            else:
-                del self._streams[output.request_id]
-        _send(loop, queue, output)
+    def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
+        """Hand a step's news over: loops are woken once a step, not once a token."""
+        news: dict[asyncio.AbstractEventLoop, _News] = {}
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is None:
+                continue
+            loop, queue, left = stream
+            if output.finish_reason is not None:
+                left -= 1
+                if left:
+                    self._streams[output.request_id] = (loop, queue, left)
+                else:
+                    del self._streams[output.request_id]
+            news.setdefault(loop, []).append((queue, output))
+        for loop, items in news.items():
+            _send(loop, items)
 
     def _fail_all(self, error: BaseException, commands: deque[Callable[[], None]]) -> None:
         """Nobody may wait for an engine that is gone."""
         for command in commands:
             command()  # answers their callers; additions get a stream and end below
         for loop, queue, _ in self._streams.values():
-            _send(loop, queue, error)
+            _send(loop, [(queue, error)])
         self._streams.clear()
 
 
-def _send(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any], item: Any) -> None:
+def _send(loop: asyncio.AbstractEventLoop, news: _News) -> None:
     with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-        loop.call_soon_threadsafe(queue.put_nowait, item)
+        loop.call_soon_threadsafe(_put, news)
+
+
+def _put(news: _News) -> None:
+    for queue, item in news:
+        queue.put_nowait(item)

@@ -11,6 +11,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 
+from deployments import SERVE_ENVIRONMENT
 from deployments.app import build
 from fathom.api.auth import digest
 from fathom.config import ConfigError, Placement, ServeConfig, Topology, from_mapping
@@ -141,3 +142,20 @@ def test_the_router_of_requests_can_be_chosen(router: str) -> None:
     chosen = found["Shallow"]._deployment_config.request_router_config
     assert ("FathomRouter" in chosen.request_router_class) == (router == "prefix")
     assert chosen.request_router_kwargs.get("slack", 3) == 3
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.name)
+def test_every_node_of_a_cluster_starts_ray_with_our_settings(path: Path):
+    text = path.read_text()
+    starts = text.count("/ray start --") + text.count("    ray start --")
+    assert starts == 2
+    for name, value in SERVE_ENVIRONMENT.items():
+        assert text.count(f"{name}={value}") == starts
+
+
+def test_every_pod_has_our_settings():
+    cluster = read(DEPLOYMENTS / "kuberay.yaml")["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        found = {each["name"]: each.get("value") for each in container["env"]}
+        assert SERVE_ENVIRONMENT.items() <= found.items()

@@ -1,13 +1,13 @@
-"""Requests end when their caller has died, and only then."""
+"""Requests end when the process that they hang on has died, and only then."""
 
 from __future__ import annotations
 
 import asyncio
 
-from deployments.watch import CallerWatch
+from deployments.watch import ActorWatch
 
 
-def test_the_requests_of_a_dead_caller_end():
+def test_the_requests_of_a_dead_actor_end():
     dead: set[str] = set()
     unknown: set[str] = set()
     ended: list[str] = []
@@ -23,9 +23,9 @@ def test_the_requests_of_a_dead_caller_end():
             raise RuntimeError("the engine has died")
 
     async def main() -> None:
-        watch = CallerWatch(cancel, is_alive=is_alive, period_s=0.01)
-        with watch.serving("x", "a"), watch.serving("x", "b"), watch.serving("y", "c"):
-            with watch.serving("", "from a driver"), watch.serving("x", "done"):
+        watch = ActorWatch(cancel, is_alive=is_alive, period_s=0.01)
+        with watch.depending("x", "a"), watch.depending("x", "b"), watch.depending("y", "c"):
+            with watch.depending("", "from a driver"), watch.depending("x", "done"):
                 await asyncio.sleep(0.05)
             unknown.add("x")
             await asyncio.sleep(0.05)
@@ -37,7 +37,7 @@ def test_the_requests_of_a_dead_caller_end():
         dead.add("y")
         await asyncio.sleep(0.05)
         assert sorted(ended) == ["a", "b"]
-        with watch.serving("y", "later"):  # it starts again after an idle time
+        with watch.depending("y", "later"):  # it starts again after an idle time
             await asyncio.sleep(0.1)
         assert ended[-1] == "later"
 
@@ -52,8 +52,8 @@ def test_one_strange_answer_is_not_believed():
         ended.append(request_id)
 
     async def main() -> None:
-        watch = CallerWatch(cancel, is_alive=lambda name: next(answers, True), period_s=0.01)
-        with watch.serving("x", "a"):
+        watch = ActorWatch(cancel, is_alive=lambda name: next(answers, True), period_s=0.01)
+        with watch.depending("x", "a"):
             await asyncio.sleep(0.15)
 
     asyncio.run(main())
