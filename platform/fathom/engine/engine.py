@@ -12,6 +12,7 @@ from fathom.engine.acceptance import Acceptance
 from fathom.engine.completions import Completions
 from fathom.engine.costs import StageCosts
 from fathom.engine.deep import DeepLost, DeepStage, FlushResult
+from fathom.engine.drafting import may_pause
 from fathom.engine.figures import figures, pressure
 from fathom.engine.flights import Answer, Flights
 from fathom.engine.flush_rules import FlushWhen
@@ -278,6 +279,8 @@ class Engine:
                 confirm(seq, decision.token, depth, logits, self.ledger, shifted=shifted)
             # The end of the text, as drafted, goes to the deep stage at once.
             if seq.finish_reason or self._may_end(seq, decision.token):
+                seq.waiting = True
+            if compute.mode in pause and may_pause(seq):  # a scout keeps step with the others
                 seq.waiting = True
             # No decision waits for the deep stage, but the stack must not grow without end.
             if compute.copies_states and seq.num_drafts >= compute.max_stack:

@@ -182,6 +182,26 @@ def test_a_prompt_that_comes_in_a_pause_costs_what_it_costs_at_full_depth(
     assert again.last.usage.cached_tokens > 0
 
 
+@pytest.mark.parametrize("mode", [AcceptMode.EXACT, AcceptMode.ROLLBACK, AcceptMode.FREE])
+def test_scouts_keep_step_with_those_that_pause(make_engine, mode: AcceptMode) -> None:
+    """Others must not wait for the one that drafts, nor it fall behind them."""
+    steps, drafted = {}, {}
+    for paused in (mode, AcceptMode.FULL):
+        engine = make_engine(pause_drafting=True)
+        rule = engine._rules.drafts.of(mode)
+        rule.pause = lambda sequences: True
+        policy = ComputePolicy(mode=paused, exit_threshold=0.0)
+        for name in ("scout", "other"):
+            engine.add_request(request(name, [3, 4], policy, max_tokens=12))
+        steps[paused], usages = 0, []
+        while engine.has_work():
+            usages += [out.usage for out in engine.step() if out.usage is not None]
+            steps[paused] += 1
+        drafted[paused] = [usage.compute.drafted for usage in usages]
+    assert max(drafted[mode]) > min(drafted[mode])  # a prompt's last row may draft in `free`
+    assert steps[mode] == steps[AcceptMode.FULL]
+
+
 def test_a_sequence_that_began_in_a_pause_drafts_after_it(
     make_engine, exit_adapter: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
