@@ -78,7 +78,12 @@ def test_versions_agree(pyproject: dict) -> None:
 def test_every_third_party_import_is_a_dependency(pyproject: dict) -> None:
     import sys
 
-    names = {"huggingface-hub": "huggingface_hub", "pyyaml": "yaml", "pillow": "PIL"}
+    names = {
+        "huggingface-hub": "huggingface_hub",
+        "pyyaml": "yaml",
+        "pillow": "PIL",
+        "grpcio": "grpc",
+    }
     names["prometheus-client"] = "prometheus_client"
     names["opentelemetry-sdk"] = "opentelemetry"
     names["flashinfer-python"] = "flashinfer"
