@@ -110,6 +110,28 @@ def test_the_deadline_ends_requests_and_streams_with_an_event(two: TestServer) -
     assert json.loads(news[6:])["error"]["code"] == "deadline_exceeded"
 
 
+def test_nobody_calls_a_replica_without_rays_token(two: TestServer) -> None:
+    """Its port for calls over gRPC takes pickles: whoever can call it can run code."""
+    table = ray._private.state.state.actor_table(None, None, "ALIVE")
+    (pid, *_) = [a["Pid"] for a in table.values() if "two#Engine" in a["Name"]]
+    ports = {c.laddr.port for c in psutil.Process(pid).net_connections() if c.status == "LISTEN"}
+    assert ports
+    refusals = {port: refusal(port) for port in ports}
+    assert grpc.StatusCode.UNAUTHENTICATED in refusals.values(), refusals
+    assert None not in refusals.values(), refusals
+
+
+def refusal(port: int) -> grpc.StatusCode | None:
+    """How a call without a token is refused; None if it is not."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+        try:
+            call(b"", timeout=10)
+        except grpc.RpcError as error:
+            return error.code()
+    return None
+
+
 def test_replicas_that_all_die_come_back(two: TestServer) -> None:
     """A request goes on for as long as it has time (see ``test_resume``), which is too short."""
     lines: list[str] = []
@@ -155,25 +177,3 @@ def test_stopping_lets_requests_finish(two: TestServer) -> None:
         answer = request.result(timeout=60)
     assert answer.status_code == 200
     assert answer.json()["usage"]["completion_tokens"] == 80
-
-
-def test_nobody_calls_a_replica_without_rays_token(two: TestServer) -> None:
-    """Its port for calls over gRPC takes pickles: whoever can call it can run code."""
-    table = ray._private.state.state.actor_table(None, None, "ALIVE")
-    (pid, *_) = [a["Pid"] for a in table.values() if "two#Engine" in a["Name"]]
-    ports = {c.laddr.port for c in psutil.Process(pid).net_connections() if c.status == "LISTEN"}
-    assert ports
-    refusals = {port: refusal(port) for port in ports}
-    assert grpc.StatusCode.UNAUTHENTICATED in refusals.values(), refusals
-    assert None not in refusals.values(), refusals
-
-
-def refusal(port: int) -> grpc.StatusCode | None:
-    """How a call without a token is refused; None if it is not."""
-    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-        call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
-        try:
-            call(b"", timeout=10)
-        except grpc.RpcError as error:
-            return error.code()
-    return None
