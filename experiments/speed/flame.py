@@ -143,7 +143,16 @@ def _sample(kernels: str, interval_us: int, rest: Sequence[str]) -> tuple[str, f
     """Austin's lines, milliseconds a step, and what ``decode`` said of them."""
     with tempfile.TemporaryDirectory() as folder:
         samples = Path(folder) / "samples"
-        command = ["austin", "-i", str(interval_us), "-o", str(samples), sys.executable]
+        command = [
+            "austin",
+            "-t",
+            "10s",
+            "-i",
+            str(interval_us),
+            "-o",
+            str(samples),
+            sys.executable,
+        ]
         done = subprocess.run(
             [*command, "-m", "experiments.speed.decode", *rest],
             env={**os.environ, "FATHOM_KERNELS": kernels}, capture_output=True, text=True,
@@ -152,7 +161,7 @@ def _sample(kernels: str, interval_us: int, rest: Sequence[str]) -> tuple[str, f
         found = re.search(r"^.*: ([\d.]+) ms a step.*$", done.stdout, re.MULTILINE)
         if found is None:
             raise RuntimeError(f"decode ended with {done.returncode}: {done.stderr[-2000:]}")
-        return samples.read_text(), float(found[1]), found[0]
+        return samples.read_text(errors="replace"), float(found[1]), found[0]
 
 
 def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
