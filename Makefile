@@ -29,10 +29,11 @@ DEV_STAMP := $(VENV)/.fathom-dev
 
 # Tests never ask the hub for anything, and small matrices gain nothing from many threads.
 TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0
-# Unit tests share nothing but the model's files; each worker takes whole files of tests.
+# Tests that share nothing but the model's files run side by side; each worker takes whole files.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
-UNIT_TESTS = $(TEST_ENV) $(BIN)/python -m pytest tests/unit -n $(WORKERS) --dist loadfile \
-	$(PYTEST_ARGS)
+PYTEST = $(TEST_ENV) $(BIN)/python -m pytest
+SIDE_BY_SIDE = -n $(WORKERS) --dist loadfile
+UNIT_TESTS = $(PYTEST) tests/unit $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 # A choice of tests (PYTEST_ARGS) may have none in one part: pytest's exit code 5.
 OR_NONE = $(if $(PYTEST_ARGS),|| [ $$? -eq 5 ])
 
@@ -88,9 +89,10 @@ browser:
 
 .PHONY: test quick unit lint format
 test: lint model browser  ## Lint, types, then every test: unit, integration, end to end, browser
-	@$(UNIT_TESTS) $(OR_NONE)
-	@$(TEST_ENV) $(BIN)/python -m pytest tests/integration tests/e2e tests/browser \
-		$(PYTEST_ARGS) $(OR_NONE)
+	@$(UNIT_TESTS) tests/integration/dataplane $(OR_NONE)
+	@$(PYTEST) tests/e2e tests/integration $(SIDE_BY_SIDE) -m parallel $(PYTEST_ARGS) $(OR_NONE)
+	@$(PYTEST) tests/integration tests/e2e tests/browser -m "not parallel" \
+		--ignore tests/integration/dataplane $(PYTEST_ARGS) $(OR_NONE)
 
 quick: $(DEV_STAMP) model  ## The unit tests that are not slow
 	@$(UNIT_TESTS) -m "not slow"

@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
@@ -23,10 +23,12 @@ from fathom.api.backend import ExitState, ReplicaReport
 from fathom.api.local import LocalBackend
 from fathom.api.promotion import promoted_of
 from fathom.config import ConfigError, EngineConfig, PoolConfig, ServeConfig
-from fathom.engine.engine import Engine
 from fathom.exits.shadow import ShadowLog
 from fathom.tuning.operating_points import OperatingPoints
 from fathom.types import ComputePolicy, InvalidRequest, Request, RequestOutput
+
+if TYPE_CHECKING:  # who builds the application needs no torch
+    from fathom.engine.engine import Engine
 
 
 def engine_config(config: ServeConfig, pool: PoolConfig) -> EngineConfig:
@@ -192,4 +194,4 @@ class FusedReplica(Replica):
         from fathom.engine.build import build_engine
 
         store = open_store(config, serve.get_replica_context().app_name)
-        super().__init__(config, build_engine(settings, store=store), points)
+        super().__init__(config, build_engine(settings, store=store, encodes=False), points)

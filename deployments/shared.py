@@ -23,7 +23,7 @@ from deployments.journal import stop_journal
 from deployments.policies import stop_policies
 from deployments.shadow import stop_shadow
 from fathom.config import ConfigError, DataPlaneConfig, ServeConfig
-from fathom.dataplane.protocol import Tls
+from fathom.dataplane.tls import Tls
 from fathom.kvstore.ray_store import NAMESPACE, RayKVStore, start_store, stop_store, store_name
 
 _TABLE = b"fathom"

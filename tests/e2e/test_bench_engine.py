@@ -10,6 +10,8 @@ import pytest
 from fathom.tuning.traces import read_trace
 from tests.command_line import Fathom
 
+pytestmark = pytest.mark.parallel
+
 FIGURES = [
     "engine",
     "mode",

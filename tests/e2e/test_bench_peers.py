@@ -6,7 +6,11 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.command_line import Fathom
+
+pytestmark = pytest.mark.parallel
 
 
 def test_a_peer_that_runs_and_one_that_cannot(

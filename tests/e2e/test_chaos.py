@@ -11,6 +11,7 @@ import pytest
 from tests.command_line import COMMAND, environment
 
 
+@pytest.mark.parallel
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_no_request_notices_that_processes_die(tmp_path: Path) -> None:

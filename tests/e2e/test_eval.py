@@ -14,6 +14,8 @@ import pytest
 from fathom.tuning.traces import read_trace
 from tests.command_line import COMMAND, Fathom, environment
 
+pytestmark = pytest.mark.parallel
+
 ROW = {
     "task", "mode", "n", "metric", "value", "ci_low", "ci_high", "agreement", "acceptance",
     "exit_rate", "coverage_at_precision_95", "layers_per_token", "tokens_per_s",

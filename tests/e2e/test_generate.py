@@ -17,6 +17,8 @@ from fathom.models.resolve import resolve_model
 from fathom.models.tokenizer import load_tokenizer
 from tests.command_line import COMMAND, Fathom, environment
 
+pytestmark = pytest.mark.parallel
+
 PROMPTS = [
     {"prompt": "The capital of France is"},
     {"messages": [{"role": "user", "content": "Say hello."}], "question_id": 7},

@@ -17,6 +17,8 @@ from tests.command_line import environment
 
 pytest.importorskip("optuna")
 
+pytestmark = pytest.mark.parallel
+
 ROOT = Path(__file__).parents[2]
 TRIALS = 20
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.integration
+@pytest.mark.parallel
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_client_of_the_store_outlives_its_cluster() -> None:

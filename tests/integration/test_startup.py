@@ -23,6 +23,8 @@ from tests.ray_fixtures import free_port
 
 ROOT = Path(__file__).parents[2]
 
+pytestmark = pytest.mark.parallel
+
 
 def test_a_public_host_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FATHOM_API_KEY", raising=False)

@@ -23,6 +23,8 @@ from tests.traces import write_trace
 
 pytest.importorskip("optuna")
 
+pytestmark = pytest.mark.parallel
+
 TRIALS = 16
 Start = Callable[..., subprocess.Popen[str]]
 

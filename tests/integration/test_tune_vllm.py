@@ -38,7 +38,7 @@ STUDY: dict[str, Any] = {
     "finalists": 1,
 }  # fmt: skip
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.parallel, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

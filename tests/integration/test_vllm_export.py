@@ -37,6 +37,7 @@ QUESTIONS = (
 )
 
 pytestmark = [
+    pytest.mark.parallel,
     pytest.mark.integration,
     pytest.mark.slow,
     pytest.mark.skipif(not PYTHON, reason="FATHOM_VLLM_PYTHON names no interpreter with vLLM"),

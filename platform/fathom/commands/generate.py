@@ -136,7 +136,9 @@ def _stream(
     check_lengths(
         [prompt], [ids], new_tokens=args.new_tokens, max_model_len=engine.info.max_model_len
     )
-    printer = DepthPrinter(Console(), IncrementalDetokenizer(tokenizer), engine.info.num_layers)
+    printer = DepthPrinter(
+        Console(), IncrementalDetokenizer(tokenizer.backend), engine.info.num_layers
+    )
     completion = Completion()
     start = time.perf_counter()
     first: float | None = None

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from fathom.attention.paged_cache import PagedKVCache
 from fathom.dataplane.exchange import Exchange
-from fathom.dataplane.protocol import BlockOp, Hello, KeyedBlocks, Reply, Tls
+from fathom.dataplane.protocol import BlockOp, Hello, KeyedBlocks, Reply
+from fathom.dataplane.tls import Tls
 from fathom.engine.deep import DeepLost, FlushItem, FlushResult
 from fathom.kvstore.keys import BlockKey
 

@@ -23,8 +23,8 @@ from fathom.dataplane.protocol import (
     Lease,
     ProtocolError,
     Reply,
-    Tls,
 )
+from fathom.dataplane.tls import Tls
 from fathom.engine.deep import DeepLost, FlushItem
 
 _SMALL = 64

@@ -24,14 +24,6 @@ class ProtocolError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Tls:
-    """PEM texts: a certificate with its key for a server, the authority's alone for a client."""
-
-    certificate: bytes
-    key: bytes = b""
-
-
-@dataclass(frozen=True, slots=True)
 class Hello:
     """What both ends must agree on, and how many blocks the client would like.
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from fathom.config import EngineConfig
 from fathom.dataplane.client import DEADLINE_S, GIVE_UP_S, RemoteDeepStage
-from fathom.dataplane.protocol import VERSION, Hello, Tls
+from fathom.dataplane.protocol import VERSION, Hello
 from fathom.dataplane.server import DeepServer
+from fathom.dataplane.tls import Tls
 from fathom.dataplane.worker import DeepWorker
 from fathom.engine.build import adapter_of, engine_over, prepare, return_freed_memory
 from fathom.engine.costs import CostCurve, StageCosts
@@ -22,7 +23,7 @@ from fathom.models.adapters import Adapter
 from fathom.models.config import ModelConfig
 from fathom.models.heads import build_exit_head, needs_lm_head
 from fathom.models.load import load_decoder, load_exit_layers, resolve_model, weights_digest
-from fathom.models.tokenizer import load_tokenizer
+from fathom.models.tokenizer import load_backend
 
 _SWITCH_S = 0.0005
 """Python lets a thread run for 5 ms before another that waits; a flush is handed on four times."""
@@ -179,7 +180,7 @@ def build_shallow(
     bits = config.bits.shallow
     head = build_exit_head(decoder, directory, adapter, config.exit_vocab, quantized=bool(bits))
     exit_layers = load_exit_layers(decoder, adapter, bits) if adapter else None
-    tokenizer = load_tokenizer(directory)
+    backend = load_backend(directory)
     return_freed_memory()
     size, rows = config.block_size, config.max_num_batched_tokens
     runs = Running.of(config)
@@ -200,7 +201,7 @@ def build_shallow(
     costs = StageCosts(
         shallow=shallow, shallow_full=shallow_full, deep=CostCurve(tuple(deep.costs))
     )
-    return engine_over(plan, stage, head, deep, costs, tokenizer, store)
+    return engine_over(plan, stage, head, deep, costs, backend, store)
 
 
 def hello_of(plan: SplitPlan, num_blocks: int) -> Hello:

@@ -26,8 +26,8 @@ from fathom.dataplane.protocol import (
     Lease,
     ProtocolError,
     Reply,
-    Tls,
 )
+from fathom.dataplane.tls import Tls
 from fathom.dataplane.worker import DeepWorker, Work
 from fathom.engine.shared import SharedBlocks
 

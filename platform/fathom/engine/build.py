@@ -33,19 +33,27 @@ from fathom.models.decoder import Decoder
 from fathom.models.errors import ModelError
 from fathom.models.heads import ExitHead, build_exit_head
 from fathom.models.load import load_decoder, load_exit_layers, resolve_model, weights_digest
-from fathom.models.tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer
+from fathom.models.tokenizer import (
+    Backend,
+    IncrementalDetokenizer,
+    load_backend,
+    load_tokenizer,
+)
 
 
 def build_engine(
     config: EngineConfig,
     wrap_deep: Callable[[LocalDeepStage], DeepStage] = lambda deep: deep,
     store: KVStore | None = None,
+    *,
+    encodes: bool = True,
 ) -> Engine:
     """Build an engine with both stages in this process.
 
     Args:
         wrap_deep: puts something between the engine and its deep stage.
         store: of KV blocks, shared with other replicas.
+        encodes: whether it has a ``tokenizer``; a server's ingress has one of its own.
 
     Raises:
         ConfigError: for a setting that cannot be used.
@@ -67,19 +75,22 @@ def build_engine(
     head = build_exit_head(
         decoder, directory, adapter, config.exit_vocab, quantized=bool(config.bits.shallow)
     )
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory) if encodes else None
+    backend = load_backend(directory) if tokenizer is None else tokenizer.backend
     return_freed_memory()
-    return assemble(
+    engine = assemble(
         config,
         decoder,
         head,
         exit_layer=exit_layer,
         adapter=adapter,
         weights_digest=model_digest(digest, model, config.bits),
-        tokenizer=tokenizer,
+        backend=backend,
         wrap_deep=wrap_deep,
         store=store,
     )
+    engine.tokenizer = tokenizer
+    return engine
 
 
 def assemble(
@@ -90,7 +101,7 @@ def assemble(
     exit_layer: int,
     weights_digest: str,
     adapter: Adapter | None = None,
-    tokenizer: Tokenizer | None = None,
+    backend: Backend | None = None,
     wrap_deep: Callable[[LocalDeepStage], DeepStage] = lambda deep: deep,
     store: KVStore | None = None,
 ) -> Engine:
@@ -99,6 +110,7 @@ def assemble(
     Args:
         adapter: the one whose changes ``decoder`` and ``head`` already have; its exit layers are
             taken from it here.
+        backend: turns ids into text; None where only ids matter.
 
     Raises:
         ConfigError: if the KV pools would be too small.
@@ -121,7 +133,7 @@ def assemble(
     )
     shared = SharedBlocks(store, deep.pool) if store is not None else None
     local = LocalDeepStage(deep, PagedKVCache(num_blocks, size, deep.pool), shared)
-    return engine_over(plan, shallow, head, wrap_deep(local), costs, tokenizer, store)
+    return engine_over(plan, shallow, head, wrap_deep(local), costs, backend, store)
 
 
 def engine_over(
@@ -130,7 +142,7 @@ def engine_over(
     head: ExitHead,
     deep: DeepStage,
     costs: StageCosts,
-    tokenizer: Tokenizer | None,
+    backend: Backend | None,
     store: KVStore | None,
 ) -> Engine:
     """An engine over its shallow stage and a deep one, wherever that is."""
@@ -169,8 +181,7 @@ def engine_over(
         stage_costs=costs,
         pause_drafting=config.pause_drafting,
         flush_rule=config.flush_rule,
-        tokenizer=tokenizer,
-        new_detokenizer=partial(IncrementalDetokenizer, tokenizer) if tokenizer else None,
+        new_detokenizer=None if backend is None else partial(IncrementalDetokenizer, backend),
     )
 
 

@@ -52,7 +52,7 @@ class Engine:
         info: what it runs. ledger: the account of compute since it started.
         policies: what the exit policies have seen. shadow: the completions that are compared with
             the full model, or None.
-        stage_costs: measured at the start. tokenizer: None where only token ids matter.
+        stage_costs: measured at the start. tokenizer: None where nothing is encoded here.
     """
 
     def __init__(
@@ -67,14 +67,13 @@ class Engine:
         stage_costs: StageCosts,
         pause_drafting: bool = True,
         flush_rule: FlushWhen = FlushWhen.RATE,
-        tokenizer: object | None = None,
         new_detokenizer: DetokenizerFactory | None = None,
     ) -> None:
         self.info = info
         self.ledger = ledger
         self.policies = policies
         self.stage_costs = stage_costs
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = None
         self._shallow = shallow
         self._deep = deep
         self._scheduler = scheduler

@@ -64,7 +64,7 @@ def evaluate(session: Session, loads: Sequence[Load]) -> Iterator[list[Row]]:
     if tokenizer is None:
         raise EvaluationError("the model has no tokenizer, so it takes no text.")
     # The first passes of a process are slow: no mode shall pay for them.
-    prompt = tuple(tokenizer.encode(_WARM_UP))  # type: ignore[attr-defined]
+    prompt = tuple(tokenizer.encode(_WARM_UP))
     for policy in session.policies.values():
         generate(session.engine, requests_for([prompt], policy, 4), lambda: None)
     for each in loads:

@@ -7,8 +7,7 @@ from enum import StrEnum
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import logsumexp
-from scipy.stats import binom
+from scipy.special import bdtr, logsumexp
 
 Floats = NDArray[np.float64]
 
@@ -35,7 +34,7 @@ def hoeffding_bentkus(risk_hat: ArrayLike, n: int, delta: float) -> Floats:
     r = np.asarray(risk_hat, dtype=np.float64)
     hoeffding = np.exp(-n * divergence(np.minimum(r, delta), delta))
     # A mean of whole losses must not be lifted to the next count by rounding.
-    bentkus = math.e * binom.cdf(np.ceil(n * r - 1e-9), n, delta)
+    bentkus = math.e * bdtr(np.ceil(n * r - 1e-9), n, delta)
     return np.asarray(np.minimum(np.minimum(hoeffding, bentkus), 1.0))
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fathom.models.cache import cache_root
+from fathom.models.cache import remembered
 from fathom.models.errors import ModelError
 
 SINGLE_FILE = "model.safetensors"
@@ -66,22 +66,18 @@ def weights_digest(directory: Path) -> str:
         ModelError: if a weights file is missing or cannot be read.
     """
     files = weight_files(directory.resolve())
-    digest = hashlib.sha256()
     try:
         stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         identity = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
-        note = cache_root() / "digests" / identity
-        with suppress(OSError):
-            return note.read_text()
-        for file in files:
-            with file.open("rb") as stream:
-                while chunk := stream.read(1 << 20):
-                    digest.update(chunk)
+        return remembered("digests", identity, lambda: _digest(files))
     except OSError as error:
         raise ModelError(f"{error.filename}: cannot read: {error.strerror}.") from error
-    with suppress(OSError):  # a cache that cannot be written only costs the next call its time
-        note.parent.mkdir(parents=True, exist_ok=True)
-        partial = note.with_name(f"{note.name}.partial")
-        partial.write_text(digest.hexdigest())
-        partial.rename(note)
+
+
+def _digest(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
     return digest.hexdigest()

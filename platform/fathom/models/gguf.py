@@ -16,9 +16,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from fathom.models.cache import build_directory, cache_root
-from fathom.models.config import FAMILIES
 from fathom.models.errors import ModelError
 from fathom.models.files import INDEX_FILE, SINGLE_FILE
+from fathom.models.hf_config import FAMILIES
 
 # llama.cpp calls Mistral "llama" too: the two compute the same.
 _FAMILY_OF = {

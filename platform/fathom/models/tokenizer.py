@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 from tokenizers.decoders import DecodeStream
 
+from fathom.models.cache import content_key, remembered
 from fathom.models.errors import ModelError
+
+Backend = tokenizers.Tokenizer
+"""The Rust tokenizer: ids and text, no chat templates."""
+
+_TEXT_FILES = {".json", ".jinja", ".model", ".tiktoken", ".txt"}
+"""Suffixes of the files that a tokenizer may be read from."""
 
 
 class ChatTemplateError(ValueError):
@@ -29,7 +38,7 @@ class Tokenizer:
 
     def __init__(self, hf: Any) -> None:
         self.hf = hf
-        self.backend = hf.backend_tokenizer
+        self.backend: Backend = hf.backend_tokenizer
         self.vocab_size: int = len(hf)
         self.eos_token_id: int | None = hf.eos_token_id
         self.bos_token_id: int | None = hf.bos_token_id
@@ -100,10 +109,13 @@ class IncrementalDetokenizer:
     """Turns a growing sequence of token ids into text, never showing half a character.
 
     For valid UTF-8 the pieces joined are the text that decoding the whole sequence gives.
+
+    Args:
+        backend: a ``Tokenizer``'s.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
-        self._backend = tokenizer.backend
+    def __init__(self, backend: Backend, skip_special_tokens: bool = True) -> None:
+        self._backend = backend
         self._skip_special_tokens = skip_special_tokens
         self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._held: list[int] = []
@@ -146,6 +158,24 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if not hasattr(hf, "backend_tokenizer"):
         raise ModelError(f"{path}: the tokenizer has no Rust backend; a tokenizer.json is needed.")
     return Tokenizer(hf)
+
+
+def load_backend(path: Path) -> Backend:
+    """What turns ids into text, of the tokenizer in a Hugging Face directory.
+
+    It is ``load_tokenizer(path).backend``, remembered in the cache: who needs no more than this
+    starts without transformers, which takes seconds to import.
+
+    Raises:
+        ModelError: as ``load_tokenizer`` does.
+    """
+    try:
+        files = [file for file in sorted(path.iterdir()) if file.suffix in _TEXT_FILES]
+        key = content_key(files, importlib.metadata.version("transformers"))
+    except OSError as error:
+        raise ModelError(f"{error.filename}: cannot read: {error.strerror}.") from error
+    text = remembered("tokenizers", key, lambda: load_tokenizer(path).backend.to_str())
+    return Backend.from_str(text)
 
 
 @lru_cache(maxsize=1)

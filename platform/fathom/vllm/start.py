@@ -15,7 +15,7 @@ from fathom.ledger import Ledger, ModelCosts
 from fathom.models.config import ModelConfig
 from fathom.models.files import weights_digest
 from fathom.models.resolve import resolve_model
-from fathom.models.tokenizer import IncrementalDetokenizer, load_tokenizer
+from fathom.models.tokenizer import IncrementalDetokenizer, load_backend
 from fathom.settings import ConfigError
 from fathom.vllm.engine import VllmEngine
 from fathom.vllm.figures import Figures
@@ -52,7 +52,7 @@ def start_vllm(config: EngineConfig, own: VllmConfig) -> VllmEngine:
         os.environ["OMP_NUM_THREADS"] = str(config.threads)
     directory = resolve_model(config.model)
     model = ModelConfig.from_directory(directory)
-    tokenizer = load_tokenizer(directory)
+    backend = load_backend(directory)
     arguments = engine_arguments(config, own, model)
     vllm = _import_vllm(own)
     transfer = arguments.get("kv_transfer_config")
@@ -98,7 +98,7 @@ def start_vllm(config: EngineConfig, own: VllmConfig) -> VllmEngine:
         ),
         ledger=Ledger(costs_of(config, model)),
         figures=figures,
-        new_detokenizer=partial(IncrementalDetokenizer, tokenizer),
+        new_detokenizer=partial(IncrementalDetokenizer, backend),
     )
 
 

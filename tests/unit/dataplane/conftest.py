@@ -9,8 +9,9 @@ import pytest
 import trustme
 
 from fathom.dataplane.client import RemoteDeepStage
-from fathom.dataplane.protocol import VERSION, Hello, Tls
+from fathom.dataplane.protocol import VERSION, Hello
 from fathom.dataplane.server import DeepServer
+from fathom.dataplane.tls import Tls
 from fathom.dataplane.worker import DeepWorker
 from fathom.engine.deep import LocalDeepStage
 from fathom.engine.engine import Engine

@@ -12,7 +12,8 @@ import torch
 
 from fathom.dataplane import messages
 from fathom.dataplane.leases import Leases
-from fathom.dataplane.protocol import VERSION, ProtocolError, Reply, Tls
+from fathom.dataplane.protocol import VERSION, ProtocolError, Reply
+from fathom.dataplane.tls import Tls
 from fathom.engine.deep import DeepLost, FlushItem, LocalDeepStage
 from tests.unit.dataplane.conftest import Deep
 from tests.unit.engine.conftest import make_engine_of

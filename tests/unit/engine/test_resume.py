@@ -24,7 +24,7 @@ from fathom.engine.engine import Engine
 from fathom.models.decoder import Decoder
 from fathom.models.heads import build_exit_head
 from fathom.models.load import load_decoder
-from fathom.models.tokenizer import load_tokenizer
+from fathom.models.tokenizer import load_backend
 from fathom.types import (
     AcceptMode,
     ComputePolicy,
@@ -67,7 +67,7 @@ def fresh(speaking: tuple[Path, Decoder]) -> Callable[..., Engine]:
             build_exit_head(decoder, directory, None, config.exit_vocab),
             exit_layer=EXIT_LAYER,
             weights_digest="speaking",
-            tokenizer=load_tokenizer(directory),
+            backend=load_backend(directory),
             wrap_deep=wrap_deep,
         )
 

@@ -47,6 +47,23 @@ def test_config_holds_the_models_shape(small_models: Any) -> None:
     assert hash(config) == hash(pickle.loads(pickle.dumps(config)))
 
 
+def test_a_config_is_read_again_only_when_it_has_changed(model: Path, cache: Path) -> None:
+    first = ModelConfig.from_directory(model)
+    (note,) = (cache / "configs").iterdir()
+    assert ModelConfig.from_directory(model) == first
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"num_layers": 99}))
+    assert ModelConfig.from_directory(model).num_layers == 99
+    note.write_text("")  # as a crash may leave it
+    assert ModelConfig.from_directory(model) == first
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2]}))
+    assert 7 in ModelConfig.from_directory(model).eos_token_ids
+    edit(model / "config.json", rope_parameters={"rope_type": "magic", "rope_theta": 1e4})
+    for _ in range(2):  # what cannot be read is not remembered
+        with pytest.raises(ModelError, match="magic"):
+            ModelConfig.from_directory(model)
+    assert len(list((cache / "configs").iterdir())) == 2
+
+
 @pytest.mark.parametrize(
     ("name", "longest"),
     [("llama", 256), ("mistral", 256), ("mistral-window", 100), ("llama-longrope", 128)],

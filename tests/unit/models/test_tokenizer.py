@@ -16,6 +16,7 @@ from fathom.models.tokenizer import (
     ChatTemplateError,
     IncrementalDetokenizer,
     Tokenizer,
+    load_backend,
     load_tokenizer,
 )
 
@@ -64,7 +65,7 @@ def test_pieces_join_to_the_text_and_never_hold_half_a_character(
     tokenizer: Tokenizer, text: str
 ) -> None:
     ids = tokenizer.encode(text)
-    stream = IncrementalDetokenizer(tokenizer)
+    stream = IncrementalDetokenizer(tokenizer.backend)
     pieces = [stream.push(token_id) for token_id in ids]
     assert "\ufffd" not in "".join(pieces)
     assert stream.flush() == ""
@@ -78,7 +79,7 @@ def test_a_cut_text_ends_in_what_decoding_it_whole_gives(
     tokenizer: Tokenizer, text: str, cut: int
 ) -> None:
     ids = tokenizer.encode(text)[:cut]
-    stream = IncrementalDetokenizer(tokenizer)
+    stream = IncrementalDetokenizer(tokenizer.backend)
     shown = "".join(stream.push(token_id) for token_id in ids)
     assert text.startswith(shown)
     if tokenizer is TOKENIZERS["byte_level"]:
@@ -91,7 +92,7 @@ def test_a_cut_text_ends_in_what_decoding_it_whole_gives(
 @settings(max_examples=150, deadline=None)
 def test_any_token_ids_stream_to_their_decoding(ids: list[int]) -> None:
     tokenizer = TOKENIZERS["byte_level"]
-    stream = IncrementalDetokenizer(tokenizer)
+    stream = IncrementalDetokenizer(tokenizer.backend)
     text = "".join(stream.push(token_id) for token_id in ids) + stream.flush()
     assert text == tokenizer.decode(ids)
 
@@ -99,7 +100,7 @@ def test_any_token_ids_stream_to_their_decoding(ids: list[int]) -> None:
 @given(ids=st.lists(st.integers(0, 266), max_size=40))
 @settings(max_examples=150, deadline=None)
 def test_any_token_ids_stream_without_an_error(ids: list[int]) -> None:
-    stream = IncrementalDetokenizer(TOKENIZERS["byte_fallback"])
+    stream = IncrementalDetokenizer(TOKENIZERS["byte_fallback"].backend)
     for token_id in ids:
         assert isinstance(stream.push(token_id), str)
     stream.flush()
@@ -109,7 +110,7 @@ def test_any_token_ids_stream_without_an_error(ids: list[int]) -> None:
 @both
 def test_special_tokens_are_hidden_or_shown(tokenizer: Tokenizer) -> None:
     for skip, expected in ((True, "ab"), (False, "<s>ab</s>")):
-        stream = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip)
+        stream = IncrementalDetokenizer(tokenizer.backend, skip_special_tokens=skip)
         ids = [*tokenizer.encode("ab"), tokenizer.eos_token_id]
         assert "".join(map(stream.push, ids)) == expected
         assert tokenizer.decode(ids, skip_special_tokens=skip) == expected
@@ -163,9 +164,34 @@ def test_default_models_tokenizer(default_model: Path) -> None:
     assert (tokenizer.vocab_size, tokenizer.eos_token_id, tokenizer.bos_token_id) == (49152, 2, 1)
     text = "Grüße, 世界! 👩‍👩‍👧‍👦 🇩🇪"
     ids = tokenizer.encode(text)
-    stream = IncrementalDetokenizer(tokenizer)
+    stream = IncrementalDetokenizer(tokenizer.backend)
     assert "".join(map(stream.push, ids)) + stream.flush() == text
     assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
     shown = tokenizer.decode(chat, skip_special_tokens=False)
     assert shown.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+
+
+@both
+def test_the_remembered_backend_decodes_as_the_tokenizer_does(
+    tokenizer: Tokenizer, tmp_path: Path, cache: Path
+) -> None:
+    tokenizer.hf.save_pretrained(tmp_path / "model")
+    for _ in range(2):  # made, then remembered
+        backend = load_backend(tmp_path / "model")
+        ids = range(backend.get_vocab_size())
+        for skip in (True, False):
+            texts = [backend.decode([i, i], skip_special_tokens=skip) for i in ids]
+            assert texts == [tokenizer.decode([i, i], skip_special_tokens=skip) for i in ids]
+    (note,) = (cache / "tokenizers").iterdir()
+    # Another special token in one of its files is another tokenizer.
+    tokenizer.hf.add_special_tokens({"additional_special_tokens": ["ab"]})
+    tokenizer.hf.save_pretrained(tmp_path / "model")
+    assert "ab" not in load_backend(tmp_path / "model").decode([tokenizer.encode("ab")[-1]])
+    assert [note] != list((cache / "tokenizers").iterdir())
+
+
+def test_a_backend_that_cannot_be_loaded(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(ModelError, match=str(folder)):
+            load_backend(folder)
