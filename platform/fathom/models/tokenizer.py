@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -146,13 +147,23 @@ class IncrementalDetokenizer:
 def load_tokenizer(path: Path) -> Tokenizer:
     """Load the tokenizer of a Hugging Face directory.
 
+    Which class is the right one takes transformers' ``AutoTokenizer``, which imports torch and
+    more for seconds: what it took for files like these is remembered in the cache.
+
     Raises:
         ModelError: if it is missing, damaged, or has no Rust backend.
     """
-    from transformers import AutoTokenizer  # takes seconds to import
+    loaded: list[Any] = []
+
+    def choose() -> str:
+        from transformers import AutoTokenizer
+
+        loaded.append(AutoTokenizer.from_pretrained(str(path), local_files_only=True))
+        return f"{type(loaded[0]).__module__}:{type(loaded[0]).__qualname__}"
 
     try:
-        hf = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        module, _, name = remembered("tokenizer-classes", _key(path), choose).partition(":")
+        hf = loaded[0] if loaded else _load(module, name, path)
     except Exception as error:  # many kinds, for files that are missing or malformed
         raise ModelError(f"{path}: cannot load the tokenizer: {error}") from error
     if not hasattr(hf, "backend_tokenizer"):
@@ -170,12 +181,22 @@ def load_backend(path: Path) -> Backend:
         ModelError: as ``load_tokenizer`` does.
     """
     try:
-        files = [file for file in sorted(path.iterdir()) if file.suffix in _TEXT_FILES]
-        key = content_key(files, importlib.metadata.version("transformers"))
+        key = _key(path)
     except OSError as error:
         raise ModelError(f"{error.filename}: cannot read: {error.strerror}.") from error
     text = remembered("tokenizers", key, lambda: load_tokenizer(path).backend.to_str())
     return Backend.from_str(text)
+
+
+def _key(path: Path) -> str:
+    """What a tokenizer depends on."""
+    files = [file for file in sorted(path.iterdir()) if file.suffix in _TEXT_FILES]
+    return content_key(files, importlib.metadata.version("transformers"))
+
+
+def _load(module: str, name: str, path: Path) -> Any:
+    kind = getattr(importlib.import_module(module), name)
+    return kind.from_pretrained(str(path), local_files_only=True)
 
 
 @lru_cache(maxsize=1)

@@ -51,3 +51,18 @@ def test_a_replica_of_a_known_model_loads_no_transformers(
     found = imported(script)
     assert "torch" in found
     assert not found & {"transformers", "torch._dynamo", "mlflow", "sklearn", "scipy.stats"}
+
+
+def test_the_gateway_of_a_known_model_loads_no_torch(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FATHOM_CACHE", str(tmp_path / "cache"))
+    script = f"""
+from pathlib import Path
+import deployments.ingress
+from fathom.models.tokenizer import load_tokenizer
+tokenizer = load_tokenizer(Path({str(tiny_model)!r}))
+assert tokenizer.decode(tokenizer.encode("a few words")) == "a few words"
+"""
+    assert "torch" in imported(script)  # the first one asks which class it is
+    assert not imported(script) & {"torch", "mlflow", "sklearn", "scipy.stats"}
