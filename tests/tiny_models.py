@@ -8,7 +8,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TINY = {
     "hidden_size": 32,
@@ -35,6 +34,8 @@ def save_random_llama(directory: Path, *, seed: int = 1, **changes: object) -> P
     Args:
         changes: fields of ``LlamaConfig`` that differ from ``TINY``; ``vocab_size`` has no default.
     """
+    from transformers import LlamaConfig, LlamaForCausalLM  # takes seconds to import
+
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**{**TINY, **changes}))
     # A norm weight of 1 would hide a norm that is left out.
@@ -45,6 +46,8 @@ def save_random_llama(directory: Path, *, seed: int = 1, **changes: object) -> P
 
 def save_byte_tokenizer(directory: Path) -> Path:
     """Write a tokenizer over bytes: vocabulary 0..255 and an end token, 256."""
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     rust = RustTokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
     rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

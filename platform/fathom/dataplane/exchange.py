@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -116,7 +117,11 @@ class Exchange:
         self._fail("the connection was closed here")
 
     def _connect(self, token: str, tls: Tls | None) -> Lease:
-        options = {} if tls is None else {"tls_root_certs": tls.certificate}
+        limit_s = min(self._deadline_s, SILENCE_S)
+        options: dict[str, Any] = {} if tls is None else {"tls_root_certs": tls.certificate}
+        # Also how long gRPC lets a connection come up, else 20 s: a process that hangs is connected
+        # to by its kernel, and says nothing.
+        options["generic_options"] = [("grpc.min_reconnect_backoff_ms", math.ceil(1000 * limit_s))]
         try:
             self._client = flight.FlightClient(self.address, **options)
             call = flight.FlightCallOptions(
@@ -125,7 +130,7 @@ class Exchange:
             descriptor = flight.FlightDescriptor.for_command(self._hello.encode())
             self._writer, self._reader = self._client.do_exchange(descriptor, call)
             self._writer.begin(messages.SCHEMA)
-            with _Cancel(self._reader, min(self._deadline_s, SILENCE_S)):
+            with _Cancel(self._reader, limit_s):
                 return messages.decode_lease(*_read(self._reader))
         except (pa.ArrowException, OSError, ProtocolError, StopIteration) as error:
             raise DeepLost(f"{self.address}: {_words(error)}") from error

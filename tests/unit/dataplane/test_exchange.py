@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from fathom.dataplane import messages
+from fathom.dataplane.exchange import Exchange
 from fathom.dataplane.leases import Leases
 from fathom.dataplane.protocol import VERSION, ProtocolError, Reply
 from fathom.dataplane.tls import Tls
@@ -132,6 +134,20 @@ def test_nobody_there_is_an_error_and_no_wait(deep) -> None:
     with pytest.raises(DeepLost, match=r"grpc://127.0.0.1:\d+: "):
         deep.connect(deadline_s=5)
     assert time.monotonic() - start < 5
+
+
+def test_a_peer_that_says_nothing_at_all_is_given_up_at_the_deadline(deep) -> None:
+    """Its kernel takes the connection, as for a process that was stopped."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        start = time.monotonic()
+        with pytest.raises(DeepLost):
+            Exchange(
+                f"grpc://127.0.0.1:{silent.getsockname()[1]}", deep.hello,
+                token="t", tls=None, deadline_s=0.5,
+            )  # fmt: skip
+        assert time.monotonic() - start < 5
 
 
 def test_a_client_that_goes_gives_its_blocks_back_clean(deep) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 from fathom.config import EngineConfig
 from fathom.engine.build import assemble
@@ -43,6 +42,8 @@ def decoder(model_dir: Path) -> Decoder:
 @pytest.fixture(scope="session")
 def exit_adapter(model_dir: Path) -> Adapter:
     """An exit layer, changed a little from the model's own, and a head over half its tokens."""
+    import transformers  # deep replicas in processes of their own import this file, and no more
+
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     layers = {
