@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -220,28 +217,3 @@ def test_beside_puts_both_into_one_placement_group(
         serve.delete("beside")
     names = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
     assert not [name for name in names if "beside" in name]  # nothing that was shared is left
-
-
-@pytest.mark.slow
-def test_three_nodes_and_the_loss_of_one(settings: EngineConfig, tmp_path: Path) -> None:
-    result = tmp_path / "result.json"
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.integration.three_nodes", settings.model, str(result)],
-        cwd=Path(__file__).parents[2],
-        # Whatever else runs on this machine: Ray would kill actors when memory is short.
-        env={**os.environ, "RAY_memory_monitor_refresh_ms": "0"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    found = json.loads(result.read_text())
-    assert found["nodes"] == 2  # and the ingress on the head
-    assert found["unfinished"] > 0
-    assert found["moved"]
-    for name, requests in (
-        ("first", requests_of(seed=1)),
-        ("second", requests_of(seed=5, count=4, max_tokens=400)),
-    ):
-        given = [[tuple(token) for token in tokens] for tokens in found[name]]
-        assert given == in_one_process(settings, requests)
