@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import threading
 from pathlib import Path
 
 # Before anything imports torch or huggingface_hub. Two busy processes with a thread for each core
@@ -16,6 +18,13 @@ import hypothesis
 import pytest
 
 import deployments  # noqa: F401  sets what Serve reads when it is imported
+
+# A shell's background jobs ignore Ctrl-C, and so would what tests start and interrupt.
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    and threading.current_thread() is threading.main_thread()
+):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Time limits of single examples fail on a busy machine and say nothing about the code.
 hypothesis.settings.register_profile("fathom", deadline=None, print_blob=True)
