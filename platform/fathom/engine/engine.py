@@ -11,13 +11,14 @@ from fathom.config import EngineConfig
 from fathom.engine.acceptance import Acceptance
 from fathom.engine.completions import Completions
 from fathom.engine.costs import StageCosts
-from fathom.engine.deep import DeepLost, DeepStage, FlushResult
+from fathom.engine.deep import DeepStage, FlushResult
 from fathom.engine.drafting import may_pause
 from fathom.engine.figures import figures, pressure
 from fathom.engine.flights import Answer, Flights
 from fathom.engine.flush_rules import FlushWhen
 from fathom.engine.info import EngineInfo
 from fathom.engine.output import confirm
+from fathom.engine.recovery import recover
 from fathom.engine.requests import check_request, check_stack, new_sequences
 from fathom.engine.resume import resume
 from fathom.engine.rules import Rules
@@ -344,29 +345,10 @@ class Engine:
             self._recover()
 
     def _recover(self) -> None:
-        """Go on with another deep stage, which rebuilds its keys and values from exit states.
-
-        Where states were never here (those of a cached prefix), the sequence is recomputed from its
-        tokens. Tokens that were shown stay, drafts and decisions too; nothing is decided twice.
-        Where there is no other stage, the requests end with an error.
-        """
         for _ in self._flights.land_all():
             pass  # they went to the same place
         self._land_loads(block=True)
-        for seq in reversed(list(self._scheduler.running)):
-            if seq.finish_reason is not None:  # it only waited to be told of its last drafts
-                self._completions.retire(seq)
-            elif seq.states.start or (seq.scores is not None and not seq.scores.complete):
-                self._scheduler.preempt(seq)
-        try:
-            self._deep.reopen()
-        except DeepLost as error:
-            for seq in self._completions.every():
-                seq.retriable = True
-                self._completions.end(seq, FinishReason.ERROR, f"no deep stage is left: {error}")
-            return
-        for seq in self._scheduler.running:
-            self._scheduler.rebuild_deep(seq)
+        recover(self._deep, self._scheduler, self._completions)
 
     def _take_in(self, answer: Answer) -> None:
         """Take in the answer to one sequence: the prompt's scores, then decisions."""
